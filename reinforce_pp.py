@@ -1,0 +1,184 @@
+"""Reinforce++, its group-baseline variant and GRPO, as pure functions on tensors.
+
+With r the reward of an episode, pi the policy, pi_old the policy at the start of the rollout batch's updates, pi_ref the
+frozen reference, pi_sampler what the inference engine reports, and log-probabilities of sampled tokens only:
+
+    1. KL estimators       lr = log pi_old - log pi_ref;  k1 = lr,  k2 = lr^2 / 2,  k3 = exp(-lr) - 1 + lr,  within +-10
+    2. token reward        r_t = -beta k1_t on every action token, plus r on the last one
+    3. return              G_t = sum of r_s over the action tokens s >= t   (gamma = 1)
+    4. group baseline      reinforce++: r;  reinforce++_baseline: r - mean(group);  grpo: (r - mean) / (std + eps)
+    5. normalisation       A = (G - mean) / sqrt(max(var, 1e-8)) over every action token of the rollout batch; not for grpo
+    6. clipped surrogate   ratio = exp(log pi - log pi_old);  -min(ratio A, clip(ratio, 1 - eps, 1 + eps) A)
+    7. sampler correction  times exp(log pi_old - log pi_sampler), within [1 / c, c], a constant for the gradient
+    8. loss                sum over the action tokens / number of action tokens of the whole optimiser step, on all ranks
+
+Sources: Reinforce++ (arXiv 2501.03262), GRPO (arXiv 2402.03300), k1 to k3 (Schulman, "Approximating KL divergence"),
+7 (truncated importance sampling for rollouts from another engine).
+
+Shapes: B episodes of the rollout batch, T tokens (padded), N action tokens of a micro-batch, H hidden, V vocabulary.
+Masks are 1 on the tokens that the policy sampled. Nothing here knows of ranks: the batch is the whole batch.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+ALGORITHMS = ("reinforce++", "reinforce++_baseline", "grpo")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Log-probabilities
+
+
+def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 1024) -> Tensor:
+    """log softmax(hidden @ weight.T / temperature) at `targets`, in fp32, without ever holding the (N, V) logits.
+
+    The head runs over chunks of the action positions only, and again in the backward pass.
+
+    Args:
+        hidden: (N, H), the states that predict the targets.
+        weight: (V, H) of the language-model head.
+        targets: (N,) token ids.
+    Returns:
+        (N,) fp32.
+    """
+
+    def head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        logits = (hidden @ weight.T).float() / temperature  # (chunk, V)
+        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
+
+    pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+    return torch.cat([checkpoint(head, h, weight, t, use_reentrant=False) for h, t in pieces])
+
+
+def pack(rows: list[list[tuple[list[int], list[int], int]]]) -> dict[str, Tensor | None]:
+    """Model inputs for rows of sequences, where the sequences of a row share their prompt and its computation.
+
+    A row is prompt, then the continuations one after another. Each continuation sees the prompt and itself, at the
+    positions that it would have alone, so values and gradients are those of separate sequences while the prompt is
+    computed once. Rows of one sequence are plain right-padded causal rows and need no mask.
+
+    Args:
+        rows: per row its sequences, each (token ids, action mask, prompt length); the prompt is the same within a row.
+    Returns:
+        input_ids (R, L), position_ids and attention_mask (R, 1, L, L, true where visible; both None where no row is
+        shared), and for the N action tokens, sequence by sequence: source (N,), the flat index into (R * L) of the
+        state that predicts the token, and targets (N,).
+    """
+    packed = []
+    for row in rows:
+        prompt_length = row[0][2]
+        ids, positions, branch = list(row[0][0][:prompt_length]), list(range(prompt_length)), [0] * prompt_length
+        sources, targets = [], []
+        for number, (token_ids, mask, _) in enumerate(row, 1):
+            actions = [t for t, acted in enumerate(mask) if acted]
+            end = actions[-1] if actions else prompt_length  # the last action is predicted, never read
+            shift = len(ids) - prompt_length
+            # the first token after the prompt is predicted by the prompt's last, wherever the continuation lies
+            sources += [t - 1 + (shift if t > prompt_length else 0) for t in actions]
+            targets += [token_ids[t] for t in actions]
+            ids += token_ids[prompt_length:end]
+            positions += range(prompt_length, end)
+            branch += [number] * (end - prompt_length)
+        packed.append((ids, positions, branch, sources, targets))
+    length = max(len(ids) for ids, *_ in packed)
+
+    def pad(column: int, value: int) -> Tensor:
+        return torch.tensor([p[column] + [value] * (length - len(p[column])) for p in packed])
+
+    batch = {"input_ids": pad(0, 0), "position_ids": None, "attention_mask": None}
+    if any(len(row) > 1 for row in rows):
+        branch = pad(2, -1)  # (R, L)
+        visible = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])  # (R, L, L)
+        batch |= {"position_ids": pad(1, 0), "attention_mask": visible.tril()[:, None]}
+    batch["source"] = torch.tensor([r * length + s for r, p in enumerate(packed) for s in p[3]], dtype=torch.long)
+    batch["targets"] = torch.tensor([t for p in packed for t in p[4]], dtype=torch.long)
+    return batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Advantages: tensors (B, T) of the whole rollout batch
+
+
+def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, kind: str) -> Tensor:
+    """Eq. 1, elementwise. k1 is unbiased, k2 and k3 are positive and have useful gradients as a loss."""
+    lr = (log_probs - ref_log_probs).clamp(-20, 20)  # before exp: an infinity would turn the gradient into NaN
+    estimate = {"k1": lr, "k2": lr.square() / 2, "k3": (-lr).exp() - 1 + lr}[kind]
+    return estimate.clamp(-10, 10)
+
+
+def group_baseline(rewards: Tensor, algorithm: str, eps: float = 1e-6) -> Tensor:
+    """Eq. 4. rewards (groups, samples) to the same shape; a group whose rewards are all equal gets exactly 0."""
+    if algorithm == "reinforce++":
+        return rewards
+    shifted = rewards - rewards[:, :1]  # the mean of equal numbers is not always that number; the mean of zeros is 0
+    centred = shifted - shifted.mean(1, keepdim=True)
+    return centred / (centred.square().mean(1, keepdim=True).sqrt() + eps) if algorithm == "grpo" else centred
+
+
+def returns_to_go(rewards: Tensor, action_mask: Tensor, kl: Tensor | None = None, kl_coef: float = 0.0) -> Tensor:
+    """Eqs. 2 and 3. Tokens that the policy did not sample neither contribute to a return nor interrupt it.
+
+    Args:
+        rewards: (B,), one an episode.
+        action_mask: (B, T).
+        kl: (B, T) k1 estimates, if the KL penalty is part of the reward.
+    Returns:
+        (B, T), 0 outside the mask.
+    """
+    mask = action_mask.to(rewards.dtype)
+    later = mask.flip(1).cumsum(1).flip(1)  # action tokens from here on, this one included
+    token_rewards = rewards[:, None] * (mask * (later == 1))
+    if kl is not None:
+        token_rewards = token_rewards - kl_coef * kl * mask
+    return token_rewards.flip(1).cumsum(1).flip(1) * mask
+
+
+def normalize(returns: Tensor, action_mask: Tensor) -> Tensor:
+    """Eq. 5 over all action tokens of the batch; 0 outside the mask."""
+    mask = action_mask.bool()
+    if not mask.any():
+        return returns
+    mean, var = returns[mask].mean(), returns[mask].var(correction=0)
+    return (returns - mean) / var.clamp(min=1e-8).sqrt() * mask
+
+
+def advantages(
+    rewards: Tensor, action_mask: Tensor, algorithm: str, kl: Tensor | None = None, kl_coef: float = 0.0
+) -> Tensor:
+    """Eqs. 2 to 5.
+
+    Args:
+        rewards: (groups, samples); the rows of `action_mask` are in the same order. float64 keeps equal sums equal.
+        action_mask: (B, T) with B = groups * samples.
+        algorithm: one of `ALGORITHMS`.
+    Returns:
+        (B, T) fp32, 0 outside the mask.
+    """
+    returns = returns_to_go(group_baseline(rewards.double(), algorithm).flatten(), action_mask, kl, kl_coef)
+    return (returns if algorithm == "grpo" else normalize(returns, action_mask)).float()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Loss: tensors (N,) over the action tokens of a micro-batch
+
+
+def policy_loss(
+    log_probs: Tensor,
+    old_log_probs: Tensor,
+    advantages: Tensor,
+    clip_eps: float = 0.2,
+    sampler_log_probs: Tensor | None = None,
+    sampler_clip: float = 2.0,
+) -> tuple[Tensor, Tensor]:
+    """Eqs. 6 and 7: the loss of each token, to be summed and divided by the step's number of action tokens (Eq. 8).
+
+    Returns:
+        (loss (N,), clipped (N,) bool: where the clip decided).
+    """
+    ratio = (log_probs - old_log_probs).clamp(-20, 20).exp()
+    unclipped, clipped = ratio * advantages, ratio.clamp(1 - clip_eps, 1 + clip_eps) * advantages
+    loss = -torch.minimum(unclipped, clipped)
+    if sampler_log_probs is not None:
+        weight = (old_log_probs - sampler_log_probs).clamp(-20, 20).exp().clamp(1 / sampler_clip, sampler_clip)
+        loss = loss * weight.detach()
+    return loss, clipped < unclipped

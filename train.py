@@ -1,0 +1,675 @@
+"""Train a language model to search, then to solve with search: R1-Searcher's two stages.
+
+    python train.py --preset demo --stage 1                        one process, a CPU is enough
+    torchrun --nproc-per-node 8 train.py --stage 2                 one node of 8 GPUs, the paper's Qwen recipe
+
+How it departs from the textbook policy-gradient loop:
+1. Every rank holds an inference engine beside its shard of the model and rolls out its share of the prompts.
+2. Episodes are small (ids, masks, numbers), so they are gathered on every rank: advantages, the plan of micro-batches and
+   all metrics are computed from the whole batch, alike everywhere, and a run on 1 or on N ranks trains on the same batches.
+3. A group of samples computes its shared prompt once, and an episode whose advantage is 0 everywhere is not computed at
+   all. Both are exact: the gradient is the same.
+4. Every random draw derives from (seed, step, prompt, sample), so a checkpoint's step is its data position and RNG state.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import random
+import shutil
+import socket
+import sys
+import time
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data_prep import write_jsonl
+from evaluate import answer, summarize
+from reinforce_pp import ALGORITHMS, advantages, kl_estimate, pack, policy_loss, token_log_probs
+from retriever import open_retriever, read_jsonl, read_questions
+from reward import FORMAT_RULES, PROMPTS, REWARDS, TAGS, judge, load_prompt
+from rollout import Episode, Limits, Rollout, derive_seed, make_engine, prompt_encoder
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+MAX_GRAD_NORM = 1.0  # OpenRLHF's default, which the official scripts keep
+ADAM_BETAS = (0.9, 0.95)  # likewise
+MAX_BAD_STEPS = 3  # updates in a row with a gradient that is not finite before the run stops
+MAX_SEARCH_FAILURES = 0.2  # share of a batch's queries that may fail before the run stops
+KEEP_CHECKPOINTS = 2
+SHARE_PROMPT_FROM = 0.5  # prompt length over mean continuation length from which sharing beats plain causal attention
+
+
+def option(default, text: str, choices=None):
+    return dataclasses.field(default=default, metadata={"help": text, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Config:
+    """All that decides a run's numbers; the command line is derived from it. Presets hold the paper's values."""
+
+    model: str = option("Qwen/Qwen2.5-7B", "Hugging Face folder or hub name")
+    questions: str = option("data/stage_1.jsonl", "training questions (JSONL)")
+    eval_questions: str = option("", "held-out questions (JSONL) for --eval_every")
+    retriever: str = option("data/passages.jsonl", "passage file (JSONL)")
+    prompt_file: str = option("base", f"one of {', '.join(PROMPTS)}, or a text file with {{question}} in it")
+    engine: str = option("vllm", "inference engine", ["vllm", "transformers"])
+    seed: int = option(0, "of data order and sampling")
+    steps: int = option(128, "rollout batches; the only option that may change on --resume")
+    prompts_per_step: int = option(64, "questions in a rollout batch (official scripts)")
+    samples_per_prompt: int = option(16, "episodes per question (paper, section 3.3)")
+    updates_per_rollout: int = option(4, "optimiser steps per rollout batch: 1024 episodes / 256 (official scripts)")
+    reward: str = option("stage1", "reward function (reward.py)", list(REWARDS))
+    algorithm: str = option("reinforce++", "advantage estimator (reinforce_pp.py)", ALGORITHMS)
+    learning_rate: float = option(2e-6, "of AdamW, constant (paper, section 3.3)")
+    kl_coef: float = option(0.0, "beta; above 0 a frozen reference model is loaded (0 for Qwen, 1e-4 for Llama)")
+    kl_mode: str = option("reward", "where the KL penalty goes: k1 in the reward, or k2 / k3 as a loss", ["reward", "k2", "k3"])
+    clip_eps: float = option(0.2, "clip range of the ratio")
+    sampler_clip: float = option(2.0, "sampler correction within [1/c, c]; 0 switches it off")
+    temperature: float = option(1.0, "of sampling, applied to the trainer's logits too (paper: 1)")
+    max_searches: int = option(8, "queries answered per question (paper)")
+    documents_per_search: int = option(3, "passages per query (official code)")
+    max_turn_tokens: int = option(512, "sampled tokens between two stops (official code)")
+    max_context: int = option(29_000, "prompt, policy and documents together, in tokens (official code)")
+    micro_batch_tokens: int = option(32_768, "padded tokens of one forward and backward pass")
+    gradient_checkpointing: bool = option(True, "recompute activations in the backward pass")
+    cpu_offload: bool = option(False, "keep parameters and optimiser states in host memory")
+    gpu_memory_utilization: float = option(0.5, "the engine's share of the GPU while it is awake")
+    save_every: int = option(10, "rollout batches between checkpoints; 0 only at the end")
+    eval_every: int = option(0, "rollout batches between evaluations on --eval_questions; 0 never")
+
+
+_DEMO = dict(
+    model="demo/model",
+    retriever="demo/passages.jsonl",
+    questions="demo/train.jsonl",
+    prompt_file="demo",
+    prompts_per_step=8,
+    samples_per_prompt=8,
+    updates_per_rollout=1,
+    algorithm="grpo",
+    learning_rate=1e-5,
+    max_searches=3,
+    documents_per_search=1,
+    max_turn_tokens=48,
+    max_context=768,
+    micro_batch_tokens=2048,
+    gradient_checkpointing=False,
+)
+_LLAMA = dict(model="meta-llama/Llama-3.1-8B-Instruct", prompt_file="chat", kl_coef=1e-4)
+_STAGE_1 = dict(questions="data/stage_1.jsonl", reward="stage1", steps=6)  # one pass over 350 questions
+_STAGE_2 = dict(questions="data/stage_2.jsonl", reward="stage2", steps=128, model="runs/stage1/model")  # one over 8,148
+PRESETS: dict[str, dict[int, dict]] = {
+    "qwen": {1: _STAGE_1, 2: _STAGE_2},
+    "llama": {
+        1: _LLAMA | _STAGE_1 | dict(prompts_per_step=15, steps=24),
+        2: _LLAMA | _STAGE_2 | dict(prompts_per_step=65, steps=126, reward="stage2_llama"),
+    },
+    "demo": {
+        1: _DEMO | dict(reward="stage1", steps=8),
+        2: _DEMO | dict(reward="stage2", steps=30, model="runs/demo/stage1/model"),
+    },
+}
+
+
+def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
+    """The command line: `Config`'s fields over the preset's values, and what does not change a run's numbers."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--stage", type=int, choices=[1, 2], required=True, help="1 learns to search, 2 to answer with it")
+    parser.add_argument("--preset", choices=list(PRESETS), default="qwen", help="whose values the options take by default")
+    parser.add_argument("--out", type=Path, help="run folder (default runs/stage1 or 2; runs/demo/... for the demo)")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one")
+    parser.add_argument("--log", choices=["tensorboard", "wandb"], help="log there too, besides metrics.jsonl")
+    for f in dataclasses.fields(Config):
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else dict(type=f.type)
+        parser.add_argument(f"--{f.name}", default=None, help=f.metadata["help"], choices=f.metadata["choices"], **kind)
+    args = parser.parse_args(argv)
+    given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
+    config = Config(**PRESETS[args.preset][args.stage] | {k: v for k, v in given.items() if v is not None})
+    args.out = args.out or Path("runs", *(["demo"] if args.preset == "demo" else []), f"stage{args.stage}")
+    if args.preset != "demo" and not torch.cuda.is_available():
+        raise ValueError(f"--preset {args.preset} trains a 7B model and needs NVIDIA GPUs; without one, try: make demo")
+    check(config)
+    return args, config
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work, before anything is loaded."""
+    for name in ("steps", "prompts_per_step", "samples_per_prompt", "updates_per_rollout", "micro_batch_tokens"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name} must be at least 1")
+    for name in ("learning_rate", "temperature", "clip_eps"):
+        if getattr(config, name) <= 0:
+            raise ValueError(f"--{name} must be above 0")
+    if config.kl_coef < 0 or (config.sampler_clip and config.sampler_clip < 1):
+        raise ValueError("--kl_coef must be at least 0, and --sampler_clip 0 or at least 1")
+    if config.samples_per_prompt == 1 and config.algorithm != "reinforce++":
+        raise ValueError(f"--algorithm {config.algorithm} compares samples of a prompt: --samples_per_prompt at least 2")
+    if config.updates_per_rollout > config.prompts_per_step:
+        raise ValueError("--updates_per_rollout must be at most --prompts_per_step")
+    if config.eval_every and not config.eval_questions:
+        raise ValueError("--eval_every needs --eval_questions")
+    is_path = config.model.startswith((".", "/")) or config.model.count("/") != 1
+    if not Path(config.model, "config.json").is_file() and (is_path or Path(config.model).parent.is_dir()):
+        raise FileNotFoundError(f"{config.model}: no such model folder (--model)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model, sharded
+
+
+def start_distributed() -> torch.device:
+    """Join the process group that torchrun describes, or make one of a single process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+    for name, value in alone.items():
+        os.environ.setdefault(name, str(value))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl")
+        return torch.device("cuda")
+    dist.init_process_group("gloo")
+    return torch.device("cpu")
+
+
+class Policy(nn.Module):
+    """A causal language model that gives log-probabilities of chosen tokens instead of logits.
+
+    The head is applied inside this module's forward, where FSDP holds its weight whole.
+    """
+
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, input_ids, position_ids, attention_mask, source, targets, temperature: float) -> Tensor:
+        """Inputs as `reinforce_pp.pack` makes them; (N,) fp32 log-probabilities of the N targets."""
+        hidden = self.lm.base_model(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state  # (R, L, H)
+        head = self.lm.get_output_embeddings().weight  # (V, H)
+        return token_log_probs(hidden.flatten(0, 1)[source], head, targets, temperature)
+
+
+def load_policy(config: Config, device: torch.device, frozen: bool = False) -> Policy:
+    """The model in FSDP2: fp32 parameters (bf16 if frozen), bf16 compute, fp32 reduction, each decoder layer a unit."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    from transformers import AutoModelForCausalLM
+
+    lm = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.bfloat16 if frozen else torch.float32)
+    if getattr(lm.config, "final_logit_softcapping", None) or getattr(lm.config, "logits_scaling", None):
+        raise ValueError(f"{config.model}: models that rescale their logits are not supported")
+    if config.gradient_checkpointing and not frozen:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = Policy(lm).train(not frozen).requires_grad_(not frozen)
+    settings = dict(
+        mesh=init_device_mesh(device.type, (dist.get_world_size(),)),
+        mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
+        offload_policy=CPUOffloadPolicy() if config.cpu_offload else OffloadPolicy(),
+    )
+    for layer in lm.base_model.layers:
+        fully_shard(layer, **settings)
+    return fully_shard(policy, **settings)
+
+
+def whole_parameters(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, whole bf16 tensor), gathered one by one; all ranks must iterate together."""
+    for name, parameter in policy.lm.named_parameters():
+        yield name, parameter.detach().bfloat16().full_tensor()
+
+
+def export(policy: Policy, model: str, out: Path) -> None:
+    """Write a Hugging Face folder that transformers and vLLM load as it is."""
+    from transformers import AutoTokenizer
+
+    state = {name: tensor.cpu() for name, tensor in whole_parameters(policy) if dist.get_rank() == 0 or tensor is None}
+    if dist.get_rank() == 0:
+        partial = out.with_suffix(".partial")
+        policy.lm.save_pretrained(partial, state_dict=state)
+        AutoTokenizer.from_pretrained(model).save_pretrained(partial)
+        shutil.rmtree(out, ignore_errors=True)
+        partial.rename(out)
+    dist.barrier()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints: safetensors shards of every rank (no pickle), readable by any number of ranks
+
+
+def training_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Parameters and Adam's moments by name; the moments are made here if the optimiser has not stepped yet."""
+    state = {}
+    for name, parameter in policy.named_parameters():
+        moments = optimizer.state[parameter]
+        if not moments:
+            moments |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+        state |= {f"model.{name}": parameter.detach()}
+        state |= {f"{moment}.{name}": moments[moment] for moment in ("exp_avg", "exp_avg_sq")}
+    return state
+
+
+def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, progress: dict) -> None:
+    """Write beside, then rename, so that a checkpoint that has its name is whole; the last KEEP_CHECKPOINTS stay."""
+    import torch.distributed.checkpoint as dcp
+
+    final = folder / f"step_{progress['step']:06d}"
+    partial = final.with_suffix(".partial")
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    dist.barrier()
+    state = training_state(policy, optimizer)
+    dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        checksums = {file.name: checksum(file) for file in sorted(partial.glob("*.safetensors"))}
+        (partial / "progress.json").write_text(json.dumps(progress | {"checksums": checksums}))
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        for old in sorted(folder.glob("step_??????"))[:-KEEP_CHECKPOINTS]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def checksum(file: Path) -> int:
+    value = 0
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 24):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
+    """The newest checkpoint that is whole, with its progress; damaged ones are named and passed over."""
+    for path in sorted(folder.glob("step_??????"), reverse=True):
+        try:
+            progress = json.loads((path / "progress.json").read_text())
+            if all(checksum(path / name) == value for name, value in progress["checksums"].items()):
+                return path, progress
+        except (OSError, ValueError, KeyError):
+            pass
+        if dist.get_rank() == 0:
+            print(f"train.py: {path} is damaged and is passed over", file=sys.stderr)
+    return None
+
+
+def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, progress: dict) -> None:
+    """Read the shards in place; they may come from another number of ranks."""
+    import torch.distributed.checkpoint as dcp
+
+    dcp.load(training_state(policy, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
+    for moments in optimizer.state.values():
+        moments["step"].fill_(progress["updates"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One iteration: roll out, judge, plan, update
+
+
+def questions_of_step(questions: list[dict], step: int, count: int, seed: int) -> list[dict]:
+    """The step's questions: `count` in a row from an endless sequence of shuffled passes over all of them."""
+    chosen = []
+    for position in range(step * count, (step + 1) * count):
+        epoch, index = divmod(position, len(questions))
+        order = list(range(len(questions)))
+        random.Random(derive_seed(seed, epoch)).shuffle(order)
+        chosen.append(questions[order[index]])
+    return chosen
+
+
+def roll_out(rollout: Rollout, encode: Callable, questions: list[dict], config: Config, step: int) -> list[Episode]:
+    """Judged episodes of all ranks, `samples_per_prompt` in a row for each question, in the questions' order."""
+    rank, world, samples = dist.get_rank(), dist.get_world_size(), config.samples_per_prompt
+    mine = [
+        Episode(question, encode(question["question"]), seed=derive_seed(config.seed, step, number, sample))
+        for number, question in enumerate(questions)
+        if number % world == rank
+        for sample in range(samples)
+    ]
+    for _ in tqdm(rollout.run(mine), "rollout", len(mine), unit="episode", leave=False, disable=rank > 0):
+        pass
+    for episode in mine:
+        episode.rewards = judge(episode.segments, len(episode.queries), episode.question["answers"], config.reward)
+    shares: list[list[Episode]] = [[]] * world
+    dist.all_gather_object(shares, mine)
+    groups = [(number % world, number // world * samples) for number in range(len(questions))]
+    return [episode for rank, start in groups for episode in shares[rank][start : start + samples]]
+
+
+def plan_micro_batches(episodes: list[Episode], chosen: list[int], config: Config) -> list[list[list[int]]]:
+    """Micro-batches of rows of episode indices (see `pack`), alike on every rank.
+
+    Episodes of one prompt share a row where the prompt is long enough to pay for the mask. Rows are sorted by length, so
+    that those of a micro-batch are alike and padding is small; a micro-batch holds at most `micro_batch_tokens` tokens,
+    padding included, but at least one row.
+    """
+    rows: list[tuple[int, list[int]]] = []  # (tokens, episode indices)
+    for _, group in groupby(chosen, key=lambda i: i // config.samples_per_prompt):
+        indices = list(group)
+        prompt = len(episodes[indices[0]].prompt_ids)
+        lengths = [len(episodes[i].token_ids) - prompt for i in indices]
+        share = prompt >= SHARE_PROMPT_FROM * sum(lengths) / len(lengths)
+        tokens, row = prompt, []
+        for i, length in zip(indices, lengths, strict=True):
+            if row and (not share or tokens + length > config.micro_batch_tokens):
+                rows.append((tokens, row))
+                tokens, row = prompt, []
+            tokens, row = tokens + length, [*row, i]
+        rows.append((tokens, row))
+    rows.sort(key=lambda row: -row[0])
+    batches: list[list[list[int]]] = []
+    width = 0
+    for tokens, row in rows:
+        if batches and (len(batches[-1]) + 1) * width <= config.micro_batch_tokens:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+            width = tokens
+    return batches
+
+
+def my_share(batches: list[list[list[int]]]) -> Iterator[list[list[int]]]:
+    """This rank's micro-batches; every rank gets the same number (empty ones at the end), so collectives cannot hang."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    for start in range(0, len(batches), world):
+        yield batches[start + rank] if start + rank < len(batches) else []
+
+
+class Batch:
+    """The rollout batch as tensors (B, T) on every rank, and the passes over it.
+
+    Args:
+        episodes: of all ranks, as `roll_out` gives them.
+    """
+
+    def __init__(self, episodes: list[Episode], config: Config, device: torch.device):
+        self.episodes, self.config, self.device = episodes, config, device
+        length = max(len(e.token_ids) for e in episodes)
+
+        def pad(rows: list[list], dtype: torch.dtype) -> Tensor:
+            return torch.tensor([row + [0] * (length - len(row)) for row in rows], dtype=dtype, device=device)
+
+        self.action_mask = pad([e.action_mask for e in episodes], torch.bool)
+        self.sampler_log_probs = pad([e.log_probs for e in episodes], torch.float32)
+        rewards = torch.tensor([e.rewards["reward"] for e in episodes], dtype=torch.float64, device=device)
+        self.rewards = rewards.view(-1, config.samples_per_prompt)  # (groups, samples)
+
+    def forward(self, policy: Policy, rows: list[list[int]]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Log-probabilities (N,) of a micro-batch's action tokens, and how to pick the same tokens from a (B, T) tensor."""
+        sequences = [[self._sequence(i) for i in row] for row in rows] or [[([0], [0], 1)]]  # empty: no action token
+        inputs = {name: t if t is None else t.to(self.device) for name, t in pack(sequences).items()}
+        chosen = torch.tensor([i for row in rows for i in row], dtype=torch.long, device=self.device)
+        log_probs = policy(**inputs, temperature=self.config.temperature)
+        return log_probs, lambda values: values[chosen][self.action_mask[chosen]]
+
+    def _sequence(self, i: int) -> tuple[list[int], list[int], int]:
+        episode = self.episodes[i]
+        return episode.token_ids, episode.action_mask, len(episode.prompt_ids)
+
+    @torch.no_grad()
+    def log_probs(self, policy: Policy, chosen: list[int]) -> Tensor:
+        """(B, T) log-probabilities under `policy` of the chosen episodes' action tokens, 0 elsewhere, on every rank."""
+        result = torch.zeros_like(self.sampler_log_probs)
+        for rows in my_share(plan_micro_batches(self.episodes, chosen, self.config)):
+            values, pick = self.forward(policy, rows)
+            positions = torch.arange(result.numel(), device=self.device).view_as(result)
+            result.view(-1)[pick(positions)] = values
+        dist.all_reduce(result)
+        return result
+
+
+def train_on(batch: Batch, policy: Policy, reference: Policy | None, optimizer, config: Config) -> dict[str, float]:
+    """The optimiser steps on one rollout batch; its metrics, alike on every rank.
+
+    Returns:
+        kl, clip_frac, sampler_gap (means over the trained action tokens), grad_norm (mean), trained_tokens, updates,
+        bad_updates.
+    """
+    mask, everyone = batch.action_mask, list(range(len(batch.episodes)))
+    old = kl = None
+    if reference is not None:
+        old, ref = batch.log_probs(policy, everyone), batch.log_probs(reference, everyone)
+        kl = kl_estimate(old, ref, "k1")
+    in_reward = kl if config.kl_mode == "reward" else None
+    advantage = advantages(batch.rewards, mask, config.algorithm, in_reward, config.kl_coef)  # (B, T)
+    teaches = (advantage != 0).any(1) if reference is None else mask.any(1)
+    if old is None and config.updates_per_rollout > 1:
+        old = batch.log_probs(policy, [i for i in everyone if teaches[i]])
+
+    totals = torch.zeros(4, device=batch.device)  # clipped tokens, sum of |gap|, sum of kl, tokens
+    metrics = Counter(updates=0, bad_updates=0, grad_norm=0.0)
+    for update in range(config.updates_per_rollout):
+        size = config.samples_per_prompt
+        groups = range(update, len(everyone) // size, config.updates_per_rollout)  # the batch's order is random already
+        step = [g * size + s for g in groups for s in range(size)]
+        action_tokens = int(mask[step].sum())  # Eq. 8: of the whole step, on all ranks, those that teach nothing included
+        plan = plan_micro_batches(batch.episodes, [i for i in step if teaches[i]], config)
+        if not plan:
+            continue
+        for rows in tqdm(list(my_share(plan)), "train", unit="micro-batch", leave=False, disable=dist.get_rank() > 0):
+            log_probs, pick = batch.forward(policy, rows)
+            fixed = log_probs.detach() if old is None else pick(old)
+            sampler = pick(batch.sampler_log_probs)
+            correct = sampler if config.sampler_clip else None
+            loss, clipped = policy_loss(log_probs, fixed, pick(advantage), config.clip_eps, correct, config.sampler_clip)
+            if reference is not None and config.kl_mode != "reward":
+                loss = loss + config.kl_coef * kl_estimate(log_probs, pick(ref), config.kl_mode)
+            # FSDP averages gradients over the ranks, the loss is a sum over all of them
+            (loss.sum() * dist.get_world_size() / max(action_tokens, 1)).backward()
+            kl_sum = pick(kl).sum() if kl is not None else torch.zeros((), device=batch.device)
+            gap = (fixed - sampler).abs().sum()
+            totals += torch.stack([clipped.sum(), gap, kl_sum, torch.tensor(len(loss), device=batch.device)])
+        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM).full_tensor().item()
+        if math.isfinite(grad_norm):
+            optimizer.step()
+            metrics.update(updates=1, grad_norm=grad_norm)
+        else:
+            metrics.update(bad_updates=1)
+        optimizer.zero_grad(set_to_none=True)
+    dist.all_reduce(totals)
+    clipped, gap, kl_sum, tokens = totals.tolist()
+    metrics["grad_norm"] /= max(metrics["updates"], 1)
+    means = {"clip_frac": clipped, "sampler_gap": gap, "kl": kl_sum}
+    return dict(metrics) | {name: value / max(tokens, 1) for name, value in means.items()} | {"trained_tokens": int(tokens)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+class Clock:
+    """Seconds by phase."""
+
+    def __init__(self):
+        self.seconds: Counter = Counter()
+
+    @contextmanager
+    def __call__(self, phase: str):
+        start = time.perf_counter()
+        yield
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds[f"seconds_{phase}"] += time.perf_counter() - start
+
+
+class RunFolder:
+    """config.json, metrics.jsonl, trajectories.jsonl, checkpoints/ and, at the end, model/; rank 0 writes."""
+
+    def __init__(self, path: Path, config: Config, resume: bool, log: str | None):
+        self.path, self.checkpoints = path, path / "checkpoints"
+        resolved, config_file = dataclasses.asdict(config), path / "config.json"
+        if config_file.exists():
+            if not resume:
+                raise ValueError(f"{path}: holds a run already; --resume goes on with it, --out names another folder")
+            before = json.loads(config_file.read_text())
+            changed = [name for name in resolved if name != "steps" and resolved[name] != before.get(name)]
+            if changed:
+                name = changed[0]
+                raise ValueError(f"{config_file}: this run has --{name} {before.get(name)}, not {resolved[name]}")
+        dist.barrier()  # all ranks have looked before one writes
+        self.writes, self.board = dist.get_rank() == 0, None
+        if self.writes:
+            path.mkdir(parents=True, exist_ok=True)
+            config_file.write_text(json.dumps(resolved, indent=1))
+            if log == "tensorboard":
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(path)
+            elif log == "wandb":
+                import wandb
+
+                wandb.init(project="nanosearcher", name=path.name, config=resolved, dir=path)
+                self.board = wandb
+
+    def forget_after(self, step: int) -> None:
+        """Drop what a lost stretch of the run has logged after the checkpoint at `step`."""
+        for name in ("metrics.jsonl", "trajectories.jsonl") if self.writes else ():
+            path = self.path / name
+            if path.exists():
+                ids = iter(range(sys.maxsize))
+                rows = read_jsonl(path, lambda r: r | {"id": next(ids)}, "log") if path.stat().st_size else []
+                write_jsonl(path, [{k: v for k, v in r.items() if k != "id"} for r in rows if r["step"] <= step])
+
+    def append(self, name: str, records: list[dict]) -> None:
+        if self.writes:
+            with open(self.path / name, "a", encoding="utf-8") as stream:
+                stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+
+    def log(self, metrics: dict[str, float]) -> None:
+        self.append("metrics.jsonl", [metrics])
+        if self.board is not None and hasattr(self.board, "add_scalar"):
+            for name, value in metrics.items():
+                self.board.add_scalar(name, value, metrics["step"])
+        elif self.board is not None:
+            self.board.log(metrics, step=metrics["step"])
+
+
+def batch_metrics(episodes: list[Episode]) -> dict[str, float]:
+    """What the README defines, from the episodes of all ranks."""
+    records = [
+        {**e.rewards, "searches": len(e.queries), "finish_reason": e.finish_reason}
+        | {"response_len": sum(e.action_mask), "search_failures": e.search_failures}
+        for e in episodes
+    ]
+    failed = Counter(r["failed_rule"] for r in records)
+    metrics = {"reward": sum(r["reward"] for r in records) / len(records)} | summarize(records)
+    del metrics["n"]
+    return metrics | {f"failed_{rule.__name__}": failed[rule.__name__] / len(records) for rule in FORMAT_RULES}
+
+
+def train(config: Config, out: Path, resume: bool, log: str | None) -> None:
+    """Run `config.steps` iterations, or what is left of them, and export the model to `out`/model."""
+    device = start_distributed()
+    rank = dist.get_rank()
+    run = RunFolder(out, config, resume, log)
+    found = newest_checkpoint(run.checkpoints) if resume else None
+    start = found[1]["step"] if found else 0
+    if start >= config.steps and (out / "model").is_dir():
+        if rank == 0:
+            print(f"{out}: finished at step {start}; the model is {out / 'model'}")
+        return
+    questions = read_questions(config.questions)
+    eval_questions = read_questions(config.eval_questions) if config.eval_every else []
+    search = open_retriever(config.retriever).search
+
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    encode = prompt_encoder(tokenizer, load_prompt(config.prompt_file))
+    engine = make_engine(config.engine, config.model, config.max_context, config.gpu_memory_utilization)
+    engine.sleep()
+    policy = load_policy(config, device)
+    reference = load_policy(config, device, frozen=True) if config.kl_coef > 0 else None
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, betas=ADAM_BETAS, weight_decay=0.0)
+    updates = bad_in_a_row = 0
+    if found:
+        load_checkpoint(found[0], policy, optimizer, found[1])
+        updates = found[1]["updates"]
+    run.forget_after(start)
+
+    names = set(Limits.__dataclass_fields__) & {f.name for f in dataclasses.fields(Config)}
+    limits = Limits(**{name: getattr(config, name) for name in names})
+    rollout = Rollout(engine, tokenizer, search, TAGS, limits, deterministic=True)
+    greedy = Rollout(engine, tokenizer, search, TAGS, dataclasses.replace(limits, temperature=0.0), deterministic=True)
+    bar = tqdm(range(start, config.steps), "steps", config.steps, initial=start, unit="step", disable=rank > 0)
+    for step in bar:
+        clock = Clock()
+        with clock("sync"):
+            engine.wake_up()
+            engine.load_weights(whole_parameters(policy))
+        with clock("rollout"):
+            chosen = questions_of_step(questions, step, config.prompts_per_step, config.seed)
+            episodes = roll_out(rollout, encode, chosen, config, step)
+        metrics = {"step": step + 1} | batch_metrics(episodes)
+        if metrics["search_failures"] > MAX_SEARCH_FAILURES * max(1, sum(len(e.queries) for e in episodes)):
+            raise RuntimeError(f"{int(metrics['search_failures'])} searches of step {step + 1} failed: {rollout.search_error!r}")
+        if config.eval_every and step % config.eval_every == 0:
+            with clock("eval"):
+                shares = [[]] * dist.get_world_size()
+                dist.all_gather_object(shares, list(answer(greedy, encode, eval_questions[rank :: len(shares)])))
+                evaluation = summarize([r for share in shares for r in share])
+                metrics |= {f"eval_{name}": value for name, value in evaluation.items()}
+        engine.sleep()
+        with clock("train"):
+            metrics |= train_on(Batch(episodes, config, device), policy, reference, optimizer, config)
+        updates += metrics["updates"]
+        bad_in_a_row = bad_in_a_row + metrics["bad_updates"] if not metrics["updates"] else 0
+        if bad_in_a_row >= MAX_BAD_STEPS:
+            raise RuntimeError(f"{bad_in_a_row} updates in a row had a gradient that is not finite; stopped at step {step + 1}")
+        if step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
+            with clock("save"):
+                save_checkpoint(run.checkpoints, policy, optimizer, {"step": step + 1, "updates": updates})
+        sampled = sum(sum(e.action_mask) for e in episodes)
+        metrics["rollout_tokens_per_second"] = sampled / clock.seconds["seconds_rollout"]
+        metrics["train_tokens_per_second"] = metrics["trained_tokens"] / clock.seconds["seconds_train"]
+        metrics["peak_memory_gib"] = peak_memory_gib()
+        run.log(metrics | clock.seconds)
+        first_group = episodes[: config.samples_per_prompt]
+        run.append("trajectories.jsonl", [{"step": step + 1} | dataclasses.asdict(e) for e in first_group])
+        shown = ("reward", "search_rate", "format_rate", "f1", "grad_norm")
+        bar.write(f"step {step + 1:4d}  " + "  ".join(f"{name} {metrics[name]:.3f}" for name in shown)) if rank == 0 else None
+    export(policy, config.model, out / "model")
+    if rank == 0:
+        print(f"model: {out / 'model'}\nmetrics: {out / 'metrics.jsonl'}")
+
+
+def peak_memory_gib() -> float:
+    """Of the GPU since the start, or of the process where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main(argv: list[str] | None = None) -> None:
+    try:
+        args, config = parse_arguments(argv)
+        train(config, args.out, args.resume, args.log)
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "\n" in str(error):
+            raise
+        print(f"train.py: {error}", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(2)  # not sys.exit: a rank that waits in a collective must not keep this one alive
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -19,30 +19,47 @@ from pathlib import Path
 # ---------------------------------------------------------------------------------------------------------------------
 # The demo world's words
 
-WOMEN = "Alice Anna Clara Diana Ella Emma Eva Grace Helen Irene Jane Julia Kate Linda Lucy Maria Nina Rosa Ruth Sarah".split()
-MEN = "Adam Alan Ben Carl David Eric Frank George Henry Ivan Jack James Leo Louis Martin Oliver Paul Robert Sam Tom".split()
-SURNAMES = (
-    "Adams Baker Bell Black Brown Carter Clark Cole Cook Cooper Davis Dean Evans Fisher Ford Foster Grant Gray Green Hall "
-    "Hill Hunt Jones King Lee Lewis Mason Miller Moore Morgan Nelson Owen Palmer Parker Reed Rogers Scott Stone Ward Young"
-).split()
-TOWNS = (
-    "Alton Ashford Barton Bedford Bolton Boston Bradford Brighton Bristol Burton Cambridge Camden Canton Carlton Chester "
-    "Clayton Clifton Colchester Dalton Dayton Denver Derby Dublin Durham Eaton Exeter Florence Franklin Geneva Glasgow "
-    "Halifax Hamilton Hampton Hartford Hastings Houston Huntington Jackson Kent Kingston Lancaster Leeds Lincoln Lisbon "
-    "Liverpool Madison Manchester Melbourne Milton Nashville Newport Newton Norfolk Norton Orlando Oxford Paris Perth "
-    "Plymouth Portland Preston Princeton Quebec Raleigh Richmond Rochester Rome Sheffield Springfield Stafford Stanford "
-    "Stockton Sydney Trenton Venice Vienna Warwick Washington Wellington Weston Winchester Windsor Worcester York"
-).split()
-TRADES = (
-    "baker banker carpenter chemist cook dancer dentist doctor driver farmer fisherman gardener "
-    "hunter judge lawyer librarian mechanic merchant miner musician nurse painter photographer pilot plumber poet priest "
-    "sailor scientist sculptor singer soldier surgeon tailor teacher writer"
-).split()
-BRANDS = "Alpha Apex Arrow Atlas Bear Blue Crown Delta Diamond Dragon Eagle East Falcon Fox Gold Lion Moon North Ocean Star Sun".split()
+WOMEN = """
+    Alice Anna Clara Diana Ella Emma Eva Grace Helen Irene Jane Julia Kate Linda Lucy Maria Nina Rosa Ruth Sarah
+""".split()
+MEN = """
+    Adam Alan Ben Carl David Eric Frank George Henry Ivan Jack James Leo Louis Martin Oliver Paul Robert Sam Tom
+""".split()
+SURNAMES = """
+    Adams Baker Bell Black Brown Carter Clark Cole Cook Cooper Davis Dean Evans Fisher Ford Foster Grant Gray Green Hall
+    Hill Hunt Jones King Lee Lewis Mason Miller Moore Morgan Nelson Owen Palmer Parker Reed Rogers Scott Stone Ward
+    Young
+""".split()
+TOWNS = """
+    Alton Ashford Barton Bedford Bolton Boston Bradford Brighton Bristol Burton Cambridge Camden Canton Carlton Chester
+    Clayton Clifton Colchester Dalton Dayton Denver Derby Dublin Durham Eaton Exeter Florence Franklin Geneva Glasgow
+    Halifax Hamilton Hampton Hartford Hastings Houston Huntington Jackson Kent Kingston Lancaster Leeds Lincoln Lisbon
+    Liverpool Madison Manchester Melbourne Milton Nashville Newport Newton Norfolk Norton Orlando Oxford Paris Perth
+    Plymouth Portland Preston Princeton Quebec Raleigh Richmond Rochester Rome Sheffield Springfield Stafford Stanford
+    Stockton Sydney Trenton Venice Vienna Warwick Washington Wellington Weston Winchester Windsor Worcester York
+""".split()
+TRADES = """
+    baker banker carpenter chemist cook dancer dentist doctor driver farmer fisherman gardener hunter judge lawyer
+    librarian mechanic merchant miner musician nurse painter photographer pilot plumber poet priest sailor scientist
+    sculptor singer soldier surgeon tailor teacher writer
+""".split()
+BRANDS = """
+    Alpha Apex Arrow Atlas Bear Blue Crown Delta Diamond Dragon Eagle East Falcon Fox Gold Lion Moon North Ocean Star
+    Sun
+""".split()
 KINDS = "Air Books Energy Foods Glass Mills Motors Paper Shoes Steel Tools Toys".split()
-GOODS = "bags beer bikes boats bread candles carpets chairs cheese clocks coats cups engines hats knives lamps pens pianos soap tea tents toys wine".split()
-ADJECTIVES = "Bitter Blind Broken Burning Cold Dark Deep Empty Frozen Golden Hidden Last Lonely Long Lost Quiet Silent Silver White Wild".split()
-NOUNS = "Bird Bridge Door Dream Fire Forest Garden Horse House Island Light Mirror Night Ocean Rain Road Shadow Tower Tree Winter".split()
+GOODS = """
+    bags beer bikes boats bread candles carpets chairs cheese clocks coats cups engines hats knives lamps pens pianos
+    soap tea tents toys wine
+""".split()
+ADJECTIVES = """
+    Bitter Blind Broken Burning Cold Dark Deep Empty Frozen Golden Hidden Last Lonely Long Lost Quiet Silent Silver
+    White Wild
+""".split()
+NOUNS = """
+    Bird Bridge Door Dream Fire Forest Garden Horse House Island Light Mirror Night Ocean Rain Road Shadow Tower Tree
+    Winter
+""".split()
 
 # subject kind -> (question, attribute); and (question, attribute that leads to the second subject, its attribute)
 ONE_HOP = {
@@ -122,8 +139,8 @@ class World:
         return made
 
 
-def demo_world(seed: int, train: int = 1200, held_out: int = 200) -> tuple[list[dict], list[dict], list[dict]]:
-    """Passages, training questions and held-out questions. Two thirds of each set of questions are 1-hop."""
+def demo_world(seed: int, train: int = 1200, held_out: int = 120) -> tuple[list[dict], list[dict], list[dict]]:
+    """Passages, training questions and held-out questions. A sixth of the questions are 2-hop."""
     rng = random.Random(seed)
     names = {
         "people": [f"{given} {surname}" for given in WOMEN + MEN for surname in SURNAMES],
@@ -142,8 +159,7 @@ def demo_world(seed: int, train: int = 1200, held_out: int = 200) -> tuple[list[
     passages = [{"id": str(i), **p} for i, p in enumerate(p for world in parts for p in world.passages())]
     sets = []
     for world, name, count in zip(parts, ("train", "heldout"), (train, held_out), strict=True):
-        one_hop, two_hop = world.questions(1)[: count * 2 // 3], world.questions(2)[: count - count * 2 // 3]
-        chosen = [(1, q) for q in one_hop] + [(2, q) for q in two_hop]
+        chosen = [(1, q) for q in world.questions(1)[: count * 5 // 6]] + [(2, q) for q in world.questions(2)[: count // 6]]
         rng.shuffle(chosen)
         sets.append([{"id": f"{name}-{i}", **q, "dataset": f"demo-{hops}hop"} for i, (hops, q) in enumerate(chosen)])
     return passages, *sets

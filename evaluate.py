@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+from retriever import open_retriever, read_jsonl, read_questions
 from reward import METRICS, PROMPTS, TAGS, judge, load_prompt
 from rollout import Episode, Limits, Rollout, derive_seed, make_engine, prompt_encoder
-from retriever import open_retriever, read_jsonl, read_questions
 
 
 def record(episode: Episode) -> dict:
@@ -30,7 +30,8 @@ def record(episode: Episode) -> dict:
 
 
 def summarize(records: list[dict]) -> dict[str, float]:
-    """Means over the records: the answer metrics, search_rate, searches, format_rate, truncated_rate, search_failures."""
+    """Means over the records: the answer metrics, search_rate, searches, format_rate, truncated_rate,
+    response_len, and search_failures (of the searches)."""
 
     def mean(values: Iterable[float]) -> float:
         return sum(values) / len(records)
@@ -43,7 +44,7 @@ def summarize(records: list[dict]) -> dict[str, float]:
         "format_rate": mean(r["failed_rule"] is None for r in records),
         "truncated_rate": mean(r["finish_reason"] == "length" for r in records),
         "response_len": mean(r["response_len"] for r in records),
-        "search_failures": sum(r["search_failures"] for r in records),
+        "search_failures": sum(r["search_failures"] for r in records) / max(1, sum(r["searches"] for r in records)),
     }
 
 
@@ -69,8 +70,9 @@ def table(results: dict[str, dict[str, float]]) -> str:
     rows = [["", *columns]]
     for name, result in results.items():
         rows.append([name, *(plain.get(c, "{:.1%}").format(result[c]) for c in columns)])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))) for row in rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [[name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])] for name, *cells in rows]
+    return "\n".join("  ".join(line) for line in lines)
 
 
 def run(args: argparse.Namespace) -> None:

@@ -19,10 +19,13 @@ Shapes: B episodes of the rollout batch, T tokens (padded), N action tokens of a
 Masks are 1 on the tokens that the policy sampled. Nothing here knows of ranks: the batch is the whole batch.
 """
 
+from itertools import groupby
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+SHARE_PROMPT_FROM = 0.5  # prompt length over mean continuation length from which sharing beats plain causal attention
 ALGORITHMS = ("reinforce++", "reinforce++_baseline", "grpo")
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -93,6 +96,42 @@ def pack(rows: list[list[tuple[list[int], list[int], int]]]) -> dict[str, Tensor
     batch["source"] = torch.tensor([r * length + s for r, p in enumerate(packed) for s in p[3]], dtype=torch.long)
     batch["targets"] = torch.tensor([t for p in packed for t in p[4]], dtype=torch.long)
     return batch
+
+
+def plan_micro_batches(
+    lengths: list[tuple[int, int]], chosen: list[int], samples: int, budget: int
+) -> list[list[list[int]]]:
+    """Micro-batches of rows of sequences, for `pack`.
+
+    Sequences of one prompt share a row where the prompt is long enough to pay for the mask. Rows are sorted by length, so
+    that those of a micro-batch are alike and padding is small.
+
+    Args:
+        lengths: (prompt, whole) length of every sequence of the batch; `samples` in a row have the same prompt.
+        chosen: the sequences to plan, ascending.
+        budget: tokens of a micro-batch, padding included; a single sequence may exceed it.
+    """
+    rows: list[tuple[int, list[int]]] = []  # (tokens, sequences)
+    for _, group in groupby(chosen, key=lambda i: i // samples):
+        members = list(group)
+        prompt = lengths[members[0]][0]
+        continuations = [lengths[i][1] - prompt for i in members]
+        share = prompt >= SHARE_PROMPT_FROM * sum(continuations) / len(members)
+        for i, continuation in zip(members, continuations, strict=True):
+            if i != members[0] and share and rows[-1][0] + continuation <= budget:
+                rows[-1] = (rows[-1][0] + continuation, [*rows[-1][1], i])
+            else:
+                rows.append((prompt + continuation, [i]))
+    rows.sort(key=lambda row: -row[0])
+    batches: list[list[list[int]]] = []
+    width = 0
+    for tokens, row in rows:
+        if batches and (len(batches[-1]) + 1) * width <= budget:
+            batches[-1].append(row)
+        else:
+            batches.append([row])
+            width = tokens
+    return batches
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -250,6 +250,12 @@ class Rollout:
 # Engines
 
 
+def _repack_tied_head(model) -> None:
+    """On a CPU vLLM computes the logits from a packed copy of the head, which a reload of tied embeddings leaves stale."""
+    if model.config.tie_word_embeddings:
+        model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+
 class VLLMEngine:
     """vLLM in this process, one engine a rank, on GPU or CPU.
 
@@ -264,7 +270,7 @@ class VLLMEngine:
         import torch
 
         self.on_gpu = torch.cuda.is_available()
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must share this process to share its weights
         if not self.on_gpu:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
@@ -277,6 +283,7 @@ class VLLMEngine:
             max_model_len=max_context,
             gpu_memory_utilization=gpu_memory_utilization,
             enable_prefix_caching=True,
+            block_size=None if self.on_gpu else 32,  # the CPU's 128 would cache little of a short prompt
             # vLLM rewinds a seeded request's generator after a partial prefill, which a CPU generator cannot do
             enable_chunked_prefill=self.on_gpu,
             enforce_eager=not self.on_gpu,
@@ -316,6 +323,8 @@ class VLLMEngine:
 
     def load_weights(self, named_tensors):
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
+        if not self.on_gpu:
+            self.llm.apply_model(_repack_tied_head)
         self.llm.reset_prefix_cache()  # its entries were computed with the old weights
 
     def sleep(self):
@@ -365,7 +374,7 @@ class TransformersEngine:
         done = {key: self.running.pop(key) for key in finished}
         return [Completion(key, s["token_ids"], s["log_probs"], finished[key]) for key, s in done.items()]
 
-    def _sample(self, s: dict[str, Any]) -> str | None | bool:
+    def _sample(self, s: dict[str, Any]) -> str | bool | None:
         """Append one token; the completion's `stop` if that ends the sequence, else False."""
         out = self.model(self.torch.tensor([s["feed"]]), past_key_values=s["cache"], use_cache=True, logits_to_keep=1)
         log_probs = (out.logits[0, -1].float() / (s["temperature"] or 1.0)).log_softmax(-1)

@@ -18,16 +18,16 @@ import json
 import math
 import os
 import random
+import resource
 import shutil
 import socket
 import sys
 import time
+import traceback
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -36,9 +36,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data_prep import write_jsonl
-from evaluate import answer, summarize
-from reinforce_pp import ALGORITHMS, advantages, kl_estimate, pack, policy_loss, token_log_probs
-from retriever import open_retriever, read_jsonl, read_questions
+from evaluate import answer, record, summarize
+from reinforce_pp import ALGORITHMS, advantages, kl_estimate, pack, plan_micro_batches, policy_loss, token_log_probs
+from retriever import open_retriever, read_questions
 from reward import FORMAT_RULES, PROMPTS, REWARDS, TAGS, judge, load_prompt
 from rollout import Episode, Limits, Rollout, derive_seed, make_engine, prompt_encoder
 
@@ -50,7 +50,6 @@ ADAM_BETAS = (0.9, 0.95)  # likewise
 MAX_BAD_STEPS = 3  # updates in a row with a gradient that is not finite before the run stops
 MAX_SEARCH_FAILURES = 0.2  # share of a batch's queries that may fail before the run stops
 KEEP_CHECKPOINTS = 2
-SHARE_PROMPT_FROM = 0.5  # prompt length over mean continuation length from which sharing beats plain causal attention
 
 
 def option(default, text: str, choices=None):
@@ -76,7 +75,9 @@ class Config:
     algorithm: str = option("reinforce++", "advantage estimator (reinforce_pp.py)", ALGORITHMS)
     learning_rate: float = option(2e-6, "of AdamW, constant (paper, section 3.3)")
     kl_coef: float = option(0.0, "beta; above 0 a frozen reference model is loaded (0 for Qwen, 1e-4 for Llama)")
-    kl_mode: str = option("reward", "where the KL penalty goes: k1 in the reward, or k2 / k3 as a loss", ["reward", "k2", "k3"])
+    kl_mode: str = option(
+        "reward", "where the KL penalty goes: k1 in the reward, or k2 / k3 as a loss", ["reward", "k2", "k3"]
+    )
     clip_eps: float = option(0.2, "clip range of the ratio")
     sampler_clip: float = option(2.0, "sampler correction within [1/c, c]; 0 switches it off")
     temperature: float = option(1.0, "of sampling, applied to the trainer's logits too (paper: 1)")
@@ -97,6 +98,7 @@ _DEMO = dict(
     retriever="demo/passages.jsonl",
     questions="demo/train.jsonl",
     prompt_file="demo",
+    temperature=0.7,  # a 135M model at 1.0 rarely completes a tag
     prompts_per_step=8,
     samples_per_prompt=8,
     updates_per_rollout=1,
@@ -175,7 +177,13 @@ def start_distributed() -> torch.device:
     """Join the process group that torchrun describes, or make one of a single process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        alone = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free.getsockname()[1]}
+        alone = {
+            "RANK": 0,
+            "LOCAL_RANK": 0,
+            "WORLD_SIZE": 1,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": free.getsockname()[1],
+        }
     for name, value in alone.items():
         os.environ.setdefault(name, str(value))
     if torch.cuda.is_available():
@@ -257,7 +265,11 @@ def training_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str
     for name, parameter in policy.named_parameters():
         moments = optimizer.state[parameter]
         if not moments:
-            moments |= {"step": torch.zeros(()), "exp_avg": torch.zeros_like(parameter), "exp_avg_sq": torch.zeros_like(parameter)}
+            moments |= {
+                "step": torch.zeros(()),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
         state |= {f"model.{name}": parameter.detach()}
         state |= {f"{moment}.{name}": moments[moment] for moment in ("exp_avg", "exp_avg_sq")}
     return state
@@ -294,8 +306,8 @@ def checksum(file: Path) -> int:
     return value
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
-    """The newest checkpoint that is whole, with its progress; damaged ones are named and passed over."""
+def newest_checkpoint(folder: Path) -> tuple[Path | None, dict]:
+    """The newest checkpoint that is whole and its progress, or that of a start; damaged ones are named and passed over."""
     for path in sorted(folder.glob("step_??????"), reverse=True):
         try:
             progress = json.loads((path / "progress.json").read_text())
@@ -305,7 +317,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path, dict] | None:
             pass
         if dist.get_rank() == 0:
             print(f"train.py: {path} is damaged and is passed over", file=sys.stderr)
-    return None
+    return None, {"step": 0, "updates": 0}
 
 
 def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, progress: dict) -> None:
@@ -332,6 +344,13 @@ def questions_of_step(questions: list[dict], step: int, count: int, seed: int) -
     return chosen
 
 
+def gather(mine: list) -> list[list]:
+    """The lists of all ranks, by rank."""
+    shares: list[list] = [[]] * dist.get_world_size()
+    dist.all_gather_object(shares, mine)
+    return shares
+
+
 def roll_out(rollout: Rollout, encode: Callable, questions: list[dict], config: Config, step: int) -> list[Episode]:
     """Judged episodes of all ranks, `samples_per_prompt` in a row for each question, in the questions' order."""
     rank, world, samples = dist.get_rank(), dist.get_world_size(), config.samples_per_prompt
@@ -345,56 +364,22 @@ def roll_out(rollout: Rollout, encode: Callable, questions: list[dict], config: 
         pass
     for episode in mine:
         episode.rewards = judge(episode.segments, len(episode.queries), episode.question["answers"], config.reward)
-    shares: list[list[Episode]] = [[]] * world
-    dist.all_gather_object(shares, mine)
+    shares = gather(mine)
     groups = [(number % world, number // world * samples) for number in range(len(questions))]
     return [episode for rank, start in groups for episode in shares[rank][start : start + samples]]
 
 
-def plan_micro_batches(episodes: list[Episode], chosen: list[int], config: Config) -> list[list[list[int]]]:
-    """Micro-batches of rows of episode indices (see `pack`), alike on every rank.
-
-    Episodes of one prompt share a row where the prompt is long enough to pay for the mask. Rows are sorted by length, so
-    that those of a micro-batch are alike and padding is small; a micro-batch holds at most `micro_batch_tokens` tokens,
-    padding included, but at least one row.
-    """
-    rows: list[tuple[int, list[int]]] = []  # (tokens, episode indices)
-    for _, group in groupby(chosen, key=lambda i: i // config.samples_per_prompt):
-        indices = list(group)
-        prompt = len(episodes[indices[0]].prompt_ids)
-        lengths = [len(episodes[i].token_ids) - prompt for i in indices]
-        share = prompt >= SHARE_PROMPT_FROM * sum(lengths) / len(lengths)
-        tokens, row = prompt, []
-        for i, length in zip(indices, lengths, strict=True):
-            if row and (not share or tokens + length > config.micro_batch_tokens):
-                rows.append((tokens, row))
-                tokens, row = prompt, []
-            tokens, row = tokens + length, [*row, i]
-        rows.append((tokens, row))
-    rows.sort(key=lambda row: -row[0])
-    batches: list[list[list[int]]] = []
-    width = 0
-    for tokens, row in rows:
-        if batches and (len(batches[-1]) + 1) * width <= config.micro_batch_tokens:
-            batches[-1].append(row)
-        else:
-            batches.append([row])
-            width = tokens
-    return batches
-
-
-def my_share(batches: list[list[list[int]]]) -> Iterator[list[list[int]]]:
-    """This rank's micro-batches; every rank gets the same number (empty ones at the end), so collectives cannot hang."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    for start in range(0, len(batches), world):
-        yield batches[start + rank] if start + rank < len(batches) else []
-
-
 class Batch:
-    """The rollout batch as tensors (B, T) on every rank, and the passes over it.
+    """The rollout batch as tensors (B, T), alike on every rank.
 
     Args:
         episodes: of all ranks, as `roll_out` gives them.
+    Attributes:
+        action_mask, sampler_log_probs: (B, T).
+        rewards: (groups, samples).
+        advantages: (B, T), of `prepare`.
+        old_log_probs, ref_log_probs, kl: (B, T) of `prepare`, None where not needed.
+        teaches: (B,), false for episodes that cannot change the gradient.
     """
 
     def __init__(self, episodes: list[Episode], config: Config, device: torch.device):
@@ -407,74 +392,88 @@ class Batch:
         self.action_mask = pad([e.action_mask for e in episodes], torch.bool)
         self.sampler_log_probs = pad([e.log_probs for e in episodes], torch.float32)
         rewards = torch.tensor([e.rewards["reward"] for e in episodes], dtype=torch.float64, device=device)
-        self.rewards = rewards.view(-1, config.samples_per_prompt)  # (groups, samples)
+        self.rewards = rewards.view(-1, config.samples_per_prompt)
+        self.old_log_probs = self.ref_log_probs = self.kl = None
 
-    def forward(self, policy: Policy, rows: list[list[int]]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    def prepare(self, policy: nn.Module, reference: nn.Module | None) -> None:
+        """Advantages, and the passes without gradient that they and the loss need: none for one update and no KL."""
+        config, everyone = self.config, list(range(len(self.episodes)))
+        if reference is not None:
+            self.old_log_probs = self.log_probs(policy, everyone)
+            self.ref_log_probs = self.log_probs(reference, everyone)
+            self.kl = kl_estimate(self.old_log_probs, self.ref_log_probs, "k1")
+        in_reward = self.kl if config.kl_mode == "reward" else None
+        self.advantages = advantages(self.rewards, self.action_mask, config.algorithm, in_reward, config.kl_coef)
+        self.teaches = (self.action_mask if reference is not None else self.advantages != 0).any(1)
+        if self.old_log_probs is None and config.updates_per_rollout > 1:
+            self.old_log_probs = self.log_probs(policy, [i for i in everyone if self.teaches[i]])
+
+    def plan(self, chosen: list[int]) -> list[list[list[int]]]:
+        """This rank's micro-batches of the chosen episodes; every rank gets the same number, so collectives cannot hang."""
+        sequences = [(len(e.prompt_ids), len(e.token_ids)) for e in self.episodes]
+        batches = plan_micro_batches(sequences, chosen, self.config.samples_per_prompt, self.config.micro_batch_tokens)
+        world = dist.get_world_size()
+        batches += [[]] * (-len(batches) % world)  # an empty one runs the model on a single token, with weight zero
+        return batches[dist.get_rank() :: world]
+
+    def forward(self, policy: nn.Module, rows: list[list[int]]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         """Log-probabilities (N,) of a micro-batch's action tokens, and how to pick the same tokens from a (B, T) tensor."""
-        sequences = [[self._sequence(i) for i in row] for row in rows] or [[([0], [0], 1)]]  # empty: no action token
-        inputs = {name: t if t is None else t.to(self.device) for name, t in pack(sequences).items()}
+        members = [[self.episodes[i] for i in row] for row in rows]
+        sequences = [[(e.token_ids, e.action_mask, len(e.prompt_ids)) for e in row] for row in members]
+        inputs = {name: t if t is None else t.to(self.device) for name, t in pack(sequences or [[([0], [0], 1)]]).items()}
         chosen = torch.tensor([i for row in rows for i in row], dtype=torch.long, device=self.device)
         log_probs = policy(**inputs, temperature=self.config.temperature)
         return log_probs, lambda values: values[chosen][self.action_mask[chosen]]
 
-    def _sequence(self, i: int) -> tuple[list[int], list[int], int]:
-        episode = self.episodes[i]
-        return episode.token_ids, episode.action_mask, len(episode.prompt_ids)
-
     @torch.no_grad()
-    def log_probs(self, policy: Policy, chosen: list[int]) -> Tensor:
+    def log_probs(self, policy: nn.Module, chosen: list[int]) -> Tensor:
         """(B, T) log-probabilities under `policy` of the chosen episodes' action tokens, 0 elsewhere, on every rank."""
         result = torch.zeros_like(self.sampler_log_probs)
-        for rows in my_share(plan_micro_batches(self.episodes, chosen, self.config)):
+        positions = torch.arange(result.numel(), device=self.device).view_as(result)
+        for rows in self.plan(chosen):
             values, pick = self.forward(policy, rows)
-            positions = torch.arange(result.numel(), device=self.device).view_as(result)
             result.view(-1)[pick(positions)] = values
         dist.all_reduce(result)
         return result
 
+    def backward(self, policy: nn.Module, chosen: list[int]) -> Tensor:
+        """Accumulate the gradient of Eq. 8 over the chosen episodes, the episodes of one optimiser step.
 
-def train_on(batch: Batch, policy: Policy, reference: Policy | None, optimizer, config: Config) -> dict[str, float]:
-    """The optimiser steps on one rollout batch; its metrics, alike on every rank.
-
-    Returns:
-        kl, clip_frac, sampler_gap (means over the trained action tokens), grad_norm (mean), trained_tokens, updates,
-        bad_updates.
-    """
-    mask, everyone = batch.action_mask, list(range(len(batch.episodes)))
-    old = kl = None
-    if reference is not None:
-        old, ref = batch.log_probs(policy, everyone), batch.log_probs(reference, everyone)
-        kl = kl_estimate(old, ref, "k1")
-    in_reward = kl if config.kl_mode == "reward" else None
-    advantage = advantages(batch.rewards, mask, config.algorithm, in_reward, config.kl_coef)  # (B, T)
-    teaches = (advantage != 0).any(1) if reference is None else mask.any(1)
-    if old is None and config.updates_per_rollout > 1:
-        old = batch.log_probs(policy, [i for i in everyone if teaches[i]])
-
-    totals = torch.zeros(4, device=batch.device)  # clipped tokens, sum of |gap|, sum of kl, tokens
-    metrics = Counter(updates=0, bad_updates=0, grad_norm=0.0)
-    for update in range(config.updates_per_rollout):
-        size = config.samples_per_prompt
-        groups = range(update, len(everyone) // size, config.updates_per_rollout)  # the batch's order is random already
-        step = [g * size + s for g in groups for s in range(size)]
-        action_tokens = int(mask[step].sum())  # Eq. 8: of the whole step, on all ranks, those that teach nothing included
-        plan = plan_micro_batches(batch.episodes, [i for i in step if teaches[i]], config)
-        if not plan:
-            continue
-        for rows in tqdm(list(my_share(plan)), "train", unit="micro-batch", leave=False, disable=dist.get_rank() > 0):
-            log_probs, pick = batch.forward(policy, rows)
-            fixed = log_probs.detach() if old is None else pick(old)
-            sampler = pick(batch.sampler_log_probs)
+        Returns:
+            (4,), of this rank: clipped tokens, sum of |log pi_old - log pi_sampler|, sum of kl, tokens.
+        """
+        config, totals = self.config, torch.zeros(4, device=self.device)
+        action_tokens = self.action_mask[chosen].sum().clamp(min=1)  # on all ranks, those that teach nothing included
+        plan = self.plan([i for i in chosen if self.teaches[i]])
+        for rows in tqdm(plan, "train", unit="micro-batch", leave=False, disable=dist.get_rank() > 0):
+            log_probs, pick = self.forward(policy, rows)
+            old = log_probs.detach() if self.old_log_probs is None else pick(self.old_log_probs)
+            sampler, kl = pick(self.sampler_log_probs), torch.zeros_like(old) if self.kl is None else pick(self.kl)
             correct = sampler if config.sampler_clip else None
-            loss, clipped = policy_loss(log_probs, fixed, pick(advantage), config.clip_eps, correct, config.sampler_clip)
-            if reference is not None and config.kl_mode != "reward":
-                loss = loss + config.kl_coef * kl_estimate(log_probs, pick(ref), config.kl_mode)
-            # FSDP averages gradients over the ranks, the loss is a sum over all of them
-            (loss.sum() * dist.get_world_size() / max(action_tokens, 1)).backward()
-            kl_sum = pick(kl).sum() if kl is not None else torch.zeros((), device=batch.device)
-            gap = (fixed - sampler).abs().sum()
-            totals += torch.stack([clipped.sum(), gap, kl_sum, torch.tensor(len(loss), device=batch.device)])
-        grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM).full_tensor().item()
+            loss, clipped = policy_loss(log_probs, old, pick(self.advantages), config.clip_eps, correct, config.sampler_clip)
+            if self.kl is not None and config.kl_mode != "reward":
+                loss = loss + config.kl_coef * kl_estimate(log_probs, pick(self.ref_log_probs), config.kl_mode)
+            # FSDP averages gradients over the ranks; the loss is a sum over all of them
+            (loss.sum() / action_tokens * dist.get_world_size()).backward()
+            totals += torch.stack([clipped.sum(), (old - sampler).abs().sum(), kl.sum(), torch.ones_like(old).sum()])
+        return totals
+
+
+def optimize(batch: Batch, policy: nn.Module, reference: nn.Module | None, optimizer) -> dict[str, float]:
+    """`updates_per_rollout` optimiser steps on one rollout batch; the metrics, alike on every rank.
+
+    A gradient that is not finite skips its update on all ranks alike and is counted.
+    """
+    batch.prepare(policy, reference)
+    groups, samples = batch.rewards.shape
+    metrics, totals = Counter(updates=0, bad_updates=0, grad_norm=0.0), torch.zeros(4, device=batch.device)
+    for update in range(batch.config.updates_per_rollout):
+        members = range(update, groups, batch.config.updates_per_rollout)  # the order of the batch is random already
+        chosen = [group * samples + sample for group in members for sample in range(samples)]
+        if not batch.teaches[chosen].any():
+            continue
+        totals += batch.backward(policy, chosen)
+        grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM).full_tensor().item()
         if math.isfinite(grad_norm):
             optimizer.step()
             metrics.update(updates=1, grad_norm=grad_norm)
@@ -482,178 +481,181 @@ def train_on(batch: Batch, policy: Policy, reference: Policy | None, optimizer, 
             metrics.update(bad_updates=1)
         optimizer.zero_grad(set_to_none=True)
     dist.all_reduce(totals)
-    clipped, gap, kl_sum, tokens = totals.tolist()
+    clipped, gap, kl, _ = (totals / totals[3:].clamp(min=1)).tolist()
     metrics["grad_norm"] /= max(metrics["updates"], 1)
-    means = {"clip_frac": clipped, "sampler_gap": gap, "kl": kl_sum}
-    return dict(metrics) | {name: value / max(tokens, 1) for name, value in means.items()} | {"trained_tokens": int(tokens)}
+    return dict(metrics) | {"clip_frac": clipped, "sampler_gap": gap, "kl": kl, "trained_tokens": int(totals[3])}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
 
-class Clock:
-    """Seconds by phase."""
-
-    def __init__(self):
-        self.seconds: Counter = Counter()
-
-    @contextmanager
-    def __call__(self, phase: str):
-        start = time.perf_counter()
-        yield
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        self.seconds[f"seconds_{phase}"] += time.perf_counter() - start
-
-
 class RunFolder:
-    """config.json, metrics.jsonl, trajectories.jsonl, checkpoints/ and, at the end, model/; rank 0 writes."""
+    """config.json, metrics.jsonl, trajectories.jsonl, checkpoints/ and, at the end, model/. Rank 0 writes.
+
+    Raises:
+        ValueError: the folder holds a run already and `resume` is off, or a run with another configuration.
+    """
 
     def __init__(self, path: Path, config: Config, resume: bool, log: str | None):
-        self.path, self.checkpoints = path, path / "checkpoints"
-        resolved, config_file = dataclasses.asdict(config), path / "config.json"
-        if config_file.exists():
+        self.path, self.writes, self.board = path, dist.get_rank() == 0, None
+        resolved, file = dataclasses.asdict(config), path / "config.json"
+        if file.exists():
             if not resume:
                 raise ValueError(f"{path}: holds a run already; --resume goes on with it, --out names another folder")
-            before = json.loads(config_file.read_text())
-            changed = [name for name in resolved if name != "steps" and resolved[name] != before.get(name)]
-            if changed:
-                name = changed[0]
-                raise ValueError(f"{config_file}: this run has --{name} {before.get(name)}, not {resolved[name]}")
+            before = json.loads(file.read_text())
+            for name in resolved:
+                if name != "steps" and resolved[name] != before.get(name):
+                    raise ValueError(f"{file}: this run has --{name} {before.get(name)}, not {resolved[name]}")
         dist.barrier()  # all ranks have looked before one writes
-        self.writes, self.board = dist.get_rank() == 0, None
         if self.writes:
             path.mkdir(parents=True, exist_ok=True)
-            config_file.write_text(json.dumps(resolved, indent=1))
-            if log == "tensorboard":
-                from torch.utils.tensorboard import SummaryWriter
+            file.write_text(json.dumps(resolved, indent=1))
+        if self.writes and log == "tensorboard":
+            from torch.utils.tensorboard import SummaryWriter
 
-                self.board = SummaryWriter(path)
-            elif log == "wandb":
-                import wandb
+            self.board = SummaryWriter(path)
+        elif self.writes and log == "wandb":
+            import wandb
 
-                wandb.init(project="nanosearcher", name=path.name, config=resolved, dir=path)
-                self.board = wandb
+            self.board = wandb.init(project="nanosearcher", name=path.name, config=resolved, dir=path)
 
     def forget_after(self, step: int) -> None:
-        """Drop what a lost stretch of the run has logged after the checkpoint at `step`."""
-        for name in ("metrics.jsonl", "trajectories.jsonl") if self.writes else ():
-            path = self.path / name
-            if path.exists():
-                ids = iter(range(sys.maxsize))
-                rows = read_jsonl(path, lambda r: r | {"id": next(ids)}, "log") if path.stat().st_size else []
-                write_jsonl(path, [{k: v for k, v in r.items() if k != "id"} for r in rows if r["step"] <= step])
+        """Drop what a lost stretch of the run has logged after its last checkpoint, so that no step stands twice."""
+        for file in (self.path / "metrics.jsonl", self.path / "trajectories.jsonl"):
+            if self.writes and file.exists():
+                lines = file.read_text(encoding="utf-8").splitlines()
+                whole = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be torn
+                write_jsonl(file, [record for record in whole if record["step"] <= step])
 
     def append(self, name: str, records: list[dict]) -> None:
         if self.writes:
             with open(self.path / name, "a", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
+    def say(self, line: str) -> None:
+        if self.writes:
+            tqdm.write(line)
+
     def log(self, metrics: dict[str, float]) -> None:
         self.append("metrics.jsonl", [metrics])
-        if self.board is not None and hasattr(self.board, "add_scalar"):
+        if hasattr(self.board, "add_scalar"):
             for name, value in metrics.items():
                 self.board.add_scalar(name, value, metrics["step"])
         elif self.board is not None:
             self.board.log(metrics, step=metrics["step"])
 
 
-def batch_metrics(episodes: list[Episode]) -> dict[str, float]:
-    """What the README defines, from the episodes of all ranks."""
-    records = [
-        {**e.rewards, "searches": len(e.queries), "finish_reason": e.finish_reason}
-        | {"response_len": sum(e.action_mask), "search_failures": e.search_failures}
-        for e in episodes
-    ]
-    failed = Counter(r["failed_rule"] for r in records)
-    metrics = {"reward": sum(r["reward"] for r in records) / len(records)} | summarize(records)
-    del metrics["n"]
-    return metrics | {f"failed_{rule.__name__}": failed[rule.__name__] / len(records) for rule in FORMAT_RULES}
+class Trainer:
+    """The models, the engine and the optimiser of a run, and one iteration over them."""
+
+    def __init__(self, config: Config, device: torch.device):
+        from transformers import AutoTokenizer
+
+        self.config, self.device = config, device
+        self.questions = read_questions(config.questions)
+        self.eval_questions = read_questions(config.eval_questions) if config.eval_every else []
+        search = open_retriever(config.retriever).search
+        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        self.encode = prompt_encoder(tokenizer, load_prompt(config.prompt_file))
+        self.engine = make_engine(config.engine, config.model, config.max_context, config.gpu_memory_utilization)
+        self.engine.sleep()
+        self.policy = load_policy(config, device)
+        self.reference = load_policy(config, device, frozen=True) if config.kl_coef > 0 else None
+        self.optimizer = torch.optim.AdamW(
+            self.policy.parameters(), lr=config.learning_rate, betas=ADAM_BETAS, weight_decay=0.0, fused=True
+        )
+        names = set(Limits.__dataclass_fields__) & set(Config.__dataclass_fields__)
+        limits = Limits(**{name: getattr(config, name) for name in names})
+        self.sampling = Rollout(self.engine, tokenizer, search, TAGS, limits, deterministic=True)
+        greedy = dataclasses.replace(limits, temperature=0.0)
+        self.greedy = Rollout(self.engine, tokenizer, search, TAGS, greedy, deterministic=True)
+
+    def iterate(self, step: int) -> tuple[dict[str, float], list[Episode]]:
+        """Sync, roll out, judge, update; the step's metrics and episodes, alike on every rank."""
+        config, seconds = self.config, {}
+
+        def timed(phase: str, work: Callable):
+            start = time.perf_counter()
+            result = work()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[f"seconds_{phase}"] = time.perf_counter() - start
+            return result
+
+        timed("sync", self.sync)
+        chosen = questions_of_step(self.questions, step, config.prompts_per_step, config.seed)
+        episodes = timed("rollout", lambda: roll_out(self.sampling, self.encode, chosen, config, step))
+        metrics = {"step": step + 1} | batch_metrics(episodes)
+        if metrics["search_failures"] > MAX_SEARCH_FAILURES:
+            raise RuntimeError(f"{metrics['search_failures']:.0%} of the searches failed: {self.sampling.search_error!r}")
+        if config.eval_every and step % config.eval_every == 0:
+            metrics |= timed("eval", self.evaluate)
+        self.engine.sleep()
+        batch = Batch(episodes, config, self.device)
+        metrics |= timed("train", lambda: optimize(batch, self.policy, self.reference, self.optimizer))
+        sampled = int(batch.action_mask.sum())
+        metrics["rollout_tokens_per_second"] = sampled / seconds["seconds_rollout"]
+        metrics["train_tokens_per_second"] = metrics["trained_tokens"] / seconds["seconds_train"]
+        return metrics | {"peak_memory_gib": peak_memory_gib()} | seconds, episodes
+
+    def sync(self) -> None:
+        self.engine.wake_up()
+        self.engine.load_weights(whole_parameters(self.policy))
+
+    def evaluate(self) -> dict[str, float]:
+        """Greedy answers to the held-out questions, this rank's share each."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        records = gather(list(answer(self.greedy, self.encode, self.eval_questions[rank::world])))
+        return {f"eval_{name}": value for name, value in summarize([r for share in records for r in share]).items()}
 
 
 def train(config: Config, out: Path, resume: bool, log: str | None) -> None:
     """Run `config.steps` iterations, or what is left of them, and export the model to `out`/model."""
     device = start_distributed()
-    rank = dist.get_rank()
     run = RunFolder(out, config, resume, log)
-    found = newest_checkpoint(run.checkpoints) if resume else None
-    start = found[1]["step"] if found else 0
-    if start >= config.steps and (out / "model").is_dir():
-        if rank == 0:
-            print(f"{out}: finished at step {start}; the model is {out / 'model'}")
+    path, progress = newest_checkpoint(out / "checkpoints") if resume else (None, {"step": 0, "updates": 0})
+    if progress["step"] >= config.steps and (out / "model").is_dir():
+        run.say(f"{out}: finished at step {progress['step']}; the model is {out / 'model'}")
         return
-    questions = read_questions(config.questions)
-    eval_questions = read_questions(config.eval_questions) if config.eval_every else []
-    search = open_retriever(config.retriever).search
-
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(config.model)
-    encode = prompt_encoder(tokenizer, load_prompt(config.prompt_file))
-    engine = make_engine(config.engine, config.model, config.max_context, config.gpu_memory_utilization)
-    engine.sleep()
-    policy = load_policy(config, device)
-    reference = load_policy(config, device, frozen=True) if config.kl_coef > 0 else None
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.learning_rate, betas=ADAM_BETAS, weight_decay=0.0)
-    updates = bad_in_a_row = 0
-    if found:
-        load_checkpoint(found[0], policy, optimizer, found[1])
-        updates = found[1]["updates"]
-    run.forget_after(start)
-
-    names = set(Limits.__dataclass_fields__) & {f.name for f in dataclasses.fields(Config)}
-    limits = Limits(**{name: getattr(config, name) for name in names})
-    rollout = Rollout(engine, tokenizer, search, TAGS, limits, deterministic=True)
-    greedy = Rollout(engine, tokenizer, search, TAGS, dataclasses.replace(limits, temperature=0.0), deterministic=True)
-    bar = tqdm(range(start, config.steps), "steps", config.steps, initial=start, unit="step", disable=rank > 0)
+    trainer = Trainer(config, device)
+    if path is not None:
+        load_checkpoint(path, trainer.policy, trainer.optimizer, progress)
+    run.forget_after(progress["step"])
+    bad_in_a_row = 0
+    bar = tqdm(
+        range(progress["step"], config.steps), "steps", config.steps, True, initial=progress["step"], disable=not run.writes
+    )
     for step in bar:
-        clock = Clock()
-        with clock("sync"):
-            engine.wake_up()
-            engine.load_weights(whole_parameters(policy))
-        with clock("rollout"):
-            chosen = questions_of_step(questions, step, config.prompts_per_step, config.seed)
-            episodes = roll_out(rollout, encode, chosen, config, step)
-        metrics = {"step": step + 1} | batch_metrics(episodes)
-        if metrics["search_failures"] > MAX_SEARCH_FAILURES * max(1, sum(len(e.queries) for e in episodes)):
-            raise RuntimeError(f"{int(metrics['search_failures'])} searches of step {step + 1} failed: {rollout.search_error!r}")
-        if config.eval_every and step % config.eval_every == 0:
-            with clock("eval"):
-                shares = [[]] * dist.get_world_size()
-                dist.all_gather_object(shares, list(answer(greedy, encode, eval_questions[rank :: len(shares)])))
-                evaluation = summarize([r for share in shares for r in share])
-                metrics |= {f"eval_{name}": value for name, value in evaluation.items()}
-        engine.sleep()
-        with clock("train"):
-            metrics |= train_on(Batch(episodes, config, device), policy, reference, optimizer, config)
-        updates += metrics["updates"]
-        bad_in_a_row = bad_in_a_row + metrics["bad_updates"] if not metrics["updates"] else 0
-        if bad_in_a_row >= MAX_BAD_STEPS:
-            raise RuntimeError(f"{bad_in_a_row} updates in a row had a gradient that is not finite; stopped at step {step + 1}")
-        if step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
-            with clock("save"):
-                save_checkpoint(run.checkpoints, policy, optimizer, {"step": step + 1, "updates": updates})
-        sampled = sum(sum(e.action_mask) for e in episodes)
-        metrics["rollout_tokens_per_second"] = sampled / clock.seconds["seconds_rollout"]
-        metrics["train_tokens_per_second"] = metrics["trained_tokens"] / clock.seconds["seconds_train"]
-        metrics["peak_memory_gib"] = peak_memory_gib()
-        run.log(metrics | clock.seconds)
+        metrics, episodes = trainer.iterate(step)
+        run.log(metrics)
         first_group = episodes[: config.samples_per_prompt]
         run.append("trajectories.jsonl", [{"step": step + 1} | dataclasses.asdict(e) for e in first_group])
         shown = ("reward", "search_rate", "format_rate", "f1", "grad_norm")
-        bar.write(f"step {step + 1:4d}  " + "  ".join(f"{name} {metrics[name]:.3f}" for name in shown)) if rank == 0 else None
-    export(policy, config.model, out / "model")
-    if rank == 0:
-        print(f"model: {out / 'model'}\nmetrics: {out / 'metrics.jsonl'}")
+        run.say(f"step {step + 1:4d}  " + "  ".join(f"{name} {metrics[name]:.3f}" for name in shown))
+        bad_in_a_row = 0 if metrics["updates"] else bad_in_a_row + metrics["bad_updates"]
+        if bad_in_a_row >= MAX_BAD_STEPS:
+            raise RuntimeError(f"step {step + 1}: {bad_in_a_row} updates in a row had a gradient that is not finite")
+        progress = {"step": step + 1, "updates": progress["updates"] + metrics["updates"]}
+        if step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
+            save_checkpoint(out / "checkpoints", trainer.policy, trainer.optimizer, progress)
+    export(trainer.policy, config.model, out / "model")
+    run.say(f"model: {out / 'model'}\nmetrics: {out / 'metrics.jsonl'}")
+
+
+def batch_metrics(episodes: list[Episode]) -> dict[str, float]:
+    """What the README defines, from the episodes of all ranks."""
+    records = [record(episode) for episode in episodes]
+    metrics = {"reward": sum(r["reward"] for r in records) / len(records)} | summarize(records)
+    del metrics["n"]
+    failed = Counter(r["failed_rule"] for r in records)
+    return metrics | {f"failed_{rule.__name__}": failed[rule.__name__] / len(records) for rule in FORMAT_RULES}
 
 
 def peak_memory_gib() -> float:
     """Of the GPU since the start, or of the process where there is none."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    import resource
-
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
@@ -662,13 +664,10 @@ def main(argv: list[str] | None = None) -> None:
         args, config = parse_arguments(argv)
         train(config, args.out, args.resume, args.log)
     except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "\n" in str(error):
-            raise
-        print(f"train.py: {error}", file=sys.stderr)
-        sys.stderr.flush()
+        if "\n" in str(error):  # a library's, not ours: show where
+            traceback.print_exc()
+        print(f"train.py: {error}", file=sys.stderr, flush=True)
         os._exit(2)  # not sys.exit: a rank that waits in a collective must not keep this one alive
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,148 @@
+"""The format, the metrics and the rewards."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reward import (
+    FORMAT_RULES,
+    METRICS,
+    REWARDS,
+    Outcome,
+    cover_exact_match,
+    exact_match,
+    extract_answer,
+    f1,
+    failed_rule,
+    judge,
+    load_prompt,
+    normalize,
+)
+
+GOOD = " I look.\n<|begin_of_query|> x y <|end_of_query|>\nIt is b. </think> <answer> b </answer>"
+words = st.text(alphabet="abc the-'. ,Éİ", max_size=20)
+
+
+def test_a_right_format_breaks_no_rule():
+    assert failed_rule(GOOD) is None
+    assert failed_rule("</think><answer>b</answer>\n") is None  # no search is a matter of the reward, not of the format
+
+
+@pytest.mark.parametrize(
+    ("text", "rule"),
+    [
+        ("<answer> b </answer>", "one_think"),
+        (GOOD + "</think>", "one_think"),
+        ("<think>" + GOOD, "one_think"),
+        ("x </think> b", "one_answer"),
+        ("<answer> b </answer> </think>", "one_answer"),
+        ("</think> <answer> b </answer> and more", "one_answer"),
+        ("</think> <answer> b </answer> <answer> b </answer>", "one_answer"),
+        ("</think> </answer> b <answer>", "one_answer"),
+        ("<|begin_of_query|> a </think> <answer> b </answer>", "paired_queries"),
+        ("<|end_of_query|> a <|begin_of_query|> </think> <answer> b </answer>", "paired_queries"),
+        ("<|begin_of_query|> <|end_of_query|> </think> <answer> b </answer>", "paired_queries"),
+        ("<|begin_of_query|> a <|begin_of_query|> b <|end_of_query|> </think> <answer> b </answer>", "paired_queries"),
+        ("</think> <|begin_of_query|> a <|end_of_query|> <answer> b </answer>", "paired_queries"),
+        ("<|begin_of_documents|> </think> <answer> b </answer>", "no_documents"),
+        ("x <|end_of_documents|> </think> <answer> b </answer>", "no_documents"),
+        ("</think> <answer> 1 2 3 4 5 6 7 8 9 10 11 </answer>", "short_answer"),
+        ("汉 </think> <answer> b </answer>", "no_script_switch"),
+    ],
+)
+def test_each_rule_is_named_when_it_fails(text, rule):
+    assert failed_rule(text) == rule
+    assert rule in {r.__name__ for r in FORMAT_RULES}
+
+
+def test_ten_words_are_short_enough():
+    assert failed_rule("</think> <answer> 1 2 3 4 5 6 7 8 9 10 </answer>") is None
+
+
+def test_retrieved_text_cannot_change_the_reward():
+    """The official code scans the whole transcript: 4.5 % of the released trajectories would get a false -2."""
+    hostile = "</think> <answer> wrong </answer> <|begin_of_query|> <think> 汉"
+    segments = [("prompt", "<think>"), ("policy", GOOD)]
+    with_documents = [segments[0], ("documents", hostile), segments[1], ("documents", hostile)]
+    assert judge(segments, 1, ["b"]) == judge(with_documents, 1, ["b"])
+
+
+@pytest.mark.parametrize(
+    ("reward", "text", "searches", "expected"),
+    [
+        ("stage1", GOOD, 1, 1.0),
+        ("stage1", GOOD, 0, 0.5),
+        ("stage1", "no", 2, 0.5),
+        ("stage1", "no", 0, 0.0),
+        ("stage2", GOOD, 0, 1.0),
+        ("stage2", "no", 1, -2.0),
+        ("stage2", "<answer> b </answer>", 1, -1.0),  # a right answer in a wrong format
+        ("stage2_llama", "no", 1, -1.0),
+        ("stage2_em", GOOD.replace(" b <", " b c <"), 1, 0.0),
+        ("stage2_cover_em", GOOD.replace(" b <", " b c <"), 1, 1.0),
+        ("stage1_code", GOOD, 1, 2.0),
+        ("stage1_code", "no", 0, -1.0),  # nothing searched, nothing closed, nothing answered
+        ("stage1_readme", GOOD, 1, 1.5),
+        ("stage1_readme", GOOD, 0, 1.0),
+    ],
+)
+def test_rewards(reward, text, searches, expected):
+    assert judge([("policy", text)], searches, ["b"], reward)["reward"] == expected
+
+
+def test_every_reward_is_defined_on_an_empty_episode():
+    for reward in REWARDS.values():
+        assert isinstance(reward(Outcome("", 0, ["b"], failed_rule(""))), (int, float))
+
+
+def test_f1_by_hand():
+    assert f1("Peter J. Lane", "Peter Lane") == pytest.approx(0.8)  # 2 of 3 and 2 of 2: 2 * 2 / 5
+    assert f1("a b b", "b b c") == pytest.approx(0.8)  # the article goes: {b, b} and {b, b, c}: 2 * 2 / 5
+    assert f1("yes it is", "yes") == 0.0  # HotpotQA: yes and no match only themselves
+    assert f1("", "b") == 0.0
+
+
+def test_cover_exact_match_is_an_unordered_token_subset():
+    assert cover_exact_match("Lane, the Peter", "Peter Lane") == 1.0
+    assert cover_exact_match("Peter", "Peter Lane") == 0.0
+
+
+def test_punctuation_separates_words():
+    """SQuAD's evaluator makes "acidhouse" of it; the authors' figures come out only this way."""
+    assert exact_match("Acid house", "acid-house") == 1.0
+
+
+def test_the_best_answer_counts():
+    scores = judge([("policy", GOOD)], 1, ["x", "b", "b c"])
+    assert scores["em"] == scores["f1"] == 1.0
+
+
+def test_extract_answer():
+    assert extract_answer(GOOD) == "b"
+    assert extract_answer("<answer> b") == ""
+    assert extract_answer("b </answer>") == ""
+
+
+@given(words, words)
+def test_metrics_are_bounded_and_ordered(a, b):
+    for metric in METRICS.values():
+        assert 0 <= metric(a, b) <= 1
+    assert cover_exact_match(a, b) >= exact_match(a, b)
+    assert f1(a, b) == f1(b, a)
+    if normalize(a):
+        assert f1(a, a) == 1
+
+
+@given(st.text())
+def test_normalisation_is_idempotent(text):
+    assert normalize(normalize(text)) == normalize(text)
+
+
+@given(st.text(alphabet="<>|/ abthinkqueryanswer_doc", max_size=80))
+def test_no_text_breaks_the_rules_themselves(text):
+    assert judge([("policy", text)], 0, ["b"])["reward"] <= 1
+
+
+def test_a_prompt_file_replaces_the_prompt(tmp_path):
+    (tmp_path / "p.txt").write_text("Q: {question}\n<think>")
+    assert load_prompt(str(tmp_path / "p.txt")) == [("text", "Q: {question}\n<think>")]

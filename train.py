@@ -103,7 +103,7 @@ _DEMO = dict(
     samples_per_prompt=8,
     updates_per_rollout=1,
     algorithm="grpo",
-    learning_rate=1e-5,
+    learning_rate=2e-5,
     max_searches=3,
     documents_per_search=1,
     max_turn_tokens=48,
@@ -122,7 +122,7 @@ PRESETS: dict[str, dict[int, dict]] = {
     },
     "demo": {
         1: _DEMO | dict(reward="stage1", steps=8),
-        2: _DEMO | dict(reward="stage2", steps=30, model="runs/demo/stage1/model"),
+        2: _DEMO | dict(reward="stage2", steps=30, model="demo/stage1/model"),
     },
 }
 
@@ -132,7 +132,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Config]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stage", type=int, choices=[1, 2], required=True, help="1 learns to search, 2 to answer with it")
     parser.add_argument("--preset", choices=list(PRESETS), default="qwen", help="whose values the options take by default")
-    parser.add_argument("--out", type=Path, help="run folder (default runs/stage1 or 2; runs/demo/... for the demo)")
+    parser.add_argument("--out", type=Path, help="run folder (default runs/stage1 or 2; demo/... for the demo)")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, if there is one")
     parser.add_argument("--log", choices=["tensorboard", "wandb"], help="log there too, besides metrics.jsonl")
     for f in dataclasses.fields(Config):
@@ -141,7 +141,7 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Config]
     args = parser.parse_args(argv)
     given = {f.name: getattr(args, f.name) for f in dataclasses.fields(Config)}
     config = Config(**PRESETS[args.preset][args.stage] | {k: v for k, v in given.items() if v is not None})
-    args.out = args.out or Path("runs", *(["demo"] if args.preset == "demo" else []), f"stage{args.stage}")
+    args.out = args.out or Path("demo" if args.preset == "demo" else "runs", f"stage{args.stage}")
     if args.preset != "demo" and not torch.cuda.is_available():
         raise ValueError(f"--preset {args.preset} trains a 7B model and needs NVIDIA GPUs; without one, try: make demo")
     check(config)
@@ -175,6 +175,8 @@ def check(config: Config) -> None:
 
 def start_distributed() -> torch.device:
     """Join the process group that torchrun describes, or make one of a single process."""
+    if dist.is_initialized():
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         alone = {

@@ -20,7 +20,7 @@ def write(path, lines):
 
 def test_bm25_finds_the_passage_and_keeps_the_order_of_queries():
     results = BM25(PASSAGES).search(["laura WEBB", "harbor film"], k=2)
-    assert [[p["id"] for p in result][0] for result in results] == ["b", "a"]
+    assert [result[0]["id"] for result in results] == ["b", "a"]
     assert all(len(result) == 2 for result in results)
 
 
@@ -59,7 +59,7 @@ def test_bad_passages_end_in_one_line_that_names_the_place(tmp_path, lines, mess
 
 
 def test_a_missing_passage_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nothing.jsonl"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.jsonl"):
         open_retriever(str(tmp_path / "nothing.jsonl"))
 
 

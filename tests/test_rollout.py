@@ -27,7 +27,7 @@ def consistent(episode, tokenizer):
 
 
 def test_search_and_answer(play, tokenizer):
-    episode, engine = play([ASK, TELL])
+    episode, _ = play([ASK, TELL])
     consistent(episode, tokenizer)
     assert [kind for kind, _ in episode.segments] == ["prompt", "policy", "documents", "policy"]
     assert (episode.finish_reason, episode.queries) == ("answer", ["red harbor"])

@@ -1,0 +1,50 @@
+# make demo   set up, train both stages on this machine, evaluate, draw the curves; a second call goes on where it stopped
+# make test   set up, run the tests
+# make lint   set up, check style
+
+SEED ?= 0
+STEPS_1 ?= 8
+STEPS ?= 24
+PYTHON ?= python3
+
+BIN := .venv/bin
+REQUIREMENTS := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo requirements.txt || echo requirements-cpu.txt)
+TORCH_CPU := https://download.pytorch.org/whl/cpu
+
+DEMO := demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
+DATA := --retriever $(DEMO)/passages.jsonl --prompt_file demo
+LIMITS := --documents_per_search 1 --max_searches 3 --max_turn_tokens 48 --max_context 768
+TRAIN = $(BIN)/torchrun --standalone --nproc-per-node 1 train.py --preset demo --resume --seed $(SEED) $(DATA) \
+	--questions $(DEMO)/train.jsonl
+EVALUATE = $(BIN)/python evaluate.py run --questions $(DEMO)/heldout.jsonl $(DATA) $(LIMITS)
+
+.PHONY: demo test lint
+.DELETE_ON_ERROR:
+
+demo: .venv/installed
+	$(BIN)/python data_prep.py demo --out $(DEMO) --seed $(SEED)
+	$(EVALUATE) --model $(DEMO)/model --out $(DEMO)/eval-untrained
+	$(TRAIN) --stage 1 --steps $(STEPS_1) --model $(DEMO)/model --out $(DEMO)/stage1
+	$(EVALUATE) --model $(DEMO)/stage1/model --out $(DEMO)/eval-stage1
+	$(TRAIN) --stage 2 --steps $(STEPS) --model $(DEMO)/stage1/model --out $(DEMO)/stage2
+	$(EVALUATE) --model $(DEMO)/stage2/model --out $(DEMO)/eval-stage2
+	$(BIN)/python evaluate.py plot --runs $(DEMO)/stage1 $(DEMO)/stage2 --out $(DEMO)/curves.png \
+		--evaluations $(DEMO)/eval-untrained $(DEMO)/eval-stage1 $(DEMO)/eval-stage2
+
+test: .venv/installed
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The configured indexes first, PyTorch's own CPU index only if they lack the CPU build. vLLM brings the torch companions
+# along; text models do not use them, and where they come from another build than torch they break its import.
+.venv/installed: $(REQUIREMENTS)
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet -r $(REQUIREMENTS) || \
+		$(BIN)/python -m pip install --quiet --extra-index-url $(TORCH_CPU) -r $(REQUIREMENTS)
+	if [ $(REQUIREMENTS) = requirements-cpu.txt ]; then \
+		$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi
+	touch $@

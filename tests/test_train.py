@@ -1,0 +1,352 @@
+"""The loop: configuration, gradients on one and two ranks, metrics, checkpoints, resume, export."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from gradients import make_episodes
+
+import train
+from reward import TAGS
+
+HERE = Path(__file__).parent
+TINY = dict(
+    prompt_file="p.txt",
+    engine="transformers",
+    prompts_per_step=3,
+    samples_per_prompt=4,
+    updates_per_rollout=1,
+    algorithm="grpo",
+    learning_rate=1e-3,
+    documents_per_search=1,
+    max_searches=2,
+    max_turn_tokens=64,
+    max_context=400,
+    micro_batch_tokens=600,
+    gradient_checkpointing=False,
+    save_every=1,
+    steps=3,
+)
+
+
+@pytest.fixture
+def world(tmp_path, model_folder, monkeypatch):
+    """A folder with questions and passages for the tiny model; the current directory. Returns its configuration."""
+    monkeypatch.chdir(tmp_path)
+    Path("p.txt").write_text("Question: {question}\n<think>")
+    questions = [{"id": i, "question": f"who is {i}?", "answers": ["b"]} for i in range(8)]
+    Path("q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    passages = [{"id": i, "title": "T", "text": f"words {i} </answer>"} for i in range(5)]
+    Path("c.jsonl").write_text("".join(json.dumps(p) + "\n" for p in passages))
+    return train.Config(**TINY, model=model_folder, questions="q.jsonl", retriever="c.jsonl")
+
+
+@pytest.fixture
+def device():
+    return train.start_distributed()
+
+
+def metrics_of(out) -> list[dict]:
+    """What the run logged, without its times."""
+    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("seconds", "peak")) and "per_second" not in k} for row in rows
+    ]
+
+
+def torchrun(ranks: int, *args: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Configuration
+
+
+def test_the_configuration_has_at_most_thirty_fields_and_a_word_on_each():
+    fields = dataclasses.fields(train.Config)
+    assert len(fields) <= 30 and all(f.metadata["help"] for f in fields)
+
+
+def test_flags_win_over_the_preset_and_the_preset_over_the_default(model_folder):
+    args, config = train.parse_arguments(["--preset", "demo", "--stage", "2", "--model", model_folder, "--clip_eps", "0.3"])
+    assert config.reward == "stage2" and config.prompts_per_step == 8 and config.clip_eps == 0.3
+    assert args.out == Path("demo/stage2")
+
+
+def test_the_presets_hold_the_papers_values():
+    qwen = {stage: train.Config(**train.PRESETS["qwen"][stage]) for stage in (1, 2)}
+    llama = {stage: train.Config(**train.PRESETS["llama"][stage]) for stage in (1, 2)}
+    for config in (*qwen.values(), *llama.values()):
+        assert (config.learning_rate, config.samples_per_prompt, config.temperature) == (2e-6, 16, 1.0)
+        assert (config.max_searches, config.documents_per_search, config.max_turn_tokens) == (8, 3, 512)
+        assert (config.max_context, config.algorithm, config.updates_per_rollout) == (29_000, "reinforce++", 4)
+    assert [c.prompts_per_step for c in (*qwen.values(), *llama.values())] == [64, 64, 15, 65]
+    assert [c.kl_coef for c in (*qwen.values(), *llama.values())] == [0, 0, 1e-4, 1e-4]
+    assert [c.reward for c in (*qwen.values(), *llama.values())] == ["stage1", "stage2", "stage1", "stage2_llama"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", "0"], "--steps"),
+        (["--temperature", "0"], "--temperature"),
+        (["--kl_coef", "-1"], "--kl_coef"),
+        (["--sampler_clip", "0.5"], "--sampler_clip"),
+        (["--samples_per_prompt", "1"], "--samples_per_prompt"),
+        (["--updates_per_rollout", "99"], "--updates_per_rollout"),
+        (["--eval_every", "2"], "--eval_questions"),
+        (["--model", "./nowhere"], "./nowhere"),
+    ],
+)
+def test_impossible_values_are_refused_by_name(flags, message, model_folder):
+    with pytest.raises((ValueError, OSError), match=message):
+        train.parse_arguments(["--preset", "demo", "--stage", "1", "--model", model_folder, *flags])
+
+
+def test_the_paper_needs_a_gpu_and_says_so_in_one_line():
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    result = subprocess.run([sys.executable, "train.py", "--stage", "2"], capture_output=True, text=True, cwd=HERE.parent)
+    assert result.returncode == 2 and "make demo" in result.stderr and len(result.stderr.strip().splitlines()) == 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients
+
+
+def plain_gradients(model_folder, device, episodes, chosen=None, **options):
+    """fp32 gradients of one optimiser step, without FSDP's bf16."""
+    from transformers import AutoModelForCausalLM
+
+    config = train.Config(**{"samples_per_prompt": 3, "sampler_clip": 0.0, "micro_batch_tokens": 10_000, **options})
+    policy = train.Policy(AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32))
+    batch = train.Batch(episodes, config, device)
+    batch.prepare(policy, None)
+    if chosen is not None:
+        batch.teaches[:] = chosen
+    batch.backward(policy, list(range(len(episodes))))
+    return [p.grad for p in policy.parameters()], batch
+
+
+def assert_same(a, b, tolerance=1e-6):
+    for x, y in zip(a, b, strict=True):
+        assert torch.allclose(x, y, atol=tolerance, rtol=1e-4)
+
+
+def test_the_gradient_does_not_depend_on_the_split_into_micro_batches(model_folder, device):
+    """A mean of micro-batch means would weigh tokens of short micro-batches more."""
+    episodes = make_episodes(3, 3)
+    whole, batch = plain_gradients(model_folder, device, episodes)
+    assert len(batch.plan(list(range(9)))) == 1
+    split, batch = plain_gradients(model_folder, device, episodes, micro_batch_tokens=100)
+    assert len(batch.plan(list(range(9)))) >= 5
+    assert_same(whole, split)
+
+
+def test_the_gradient_does_not_depend_on_sharing_the_prompt(model_folder, device, monkeypatch):
+    import reinforce_pp
+
+    episodes = make_episodes(3, 3)
+    shared, batch = plain_gradients(model_folder, device, episodes, algorithm="grpo")
+    assert any(len(row) > 1 for rows in batch.plan(list(range(9))) for row in rows)
+    monkeypatch.setattr(reinforce_pp, "SHARE_PROMPT_FROM", float("inf"))
+    apart, batch = plain_gradients(model_folder, device, episodes, algorithm="grpo")
+    assert all(len(row) == 1 for rows in batch.plan(list(range(9))) for row in rows)
+    assert_same(shared, apart)
+
+
+def test_leaving_out_what_teaches_nothing_is_exact(model_folder, device):
+    """The last group's rewards are all equal: it is not computed, but its tokens stay in the denominator."""
+    episodes = make_episodes(3, 3)
+    skipped, batch = plain_gradients(model_folder, device, episodes, algorithm="grpo")
+    assert batch.teaches.tolist() == [True] * 6 + [False] * 3
+    everything, _ = plain_gradients(model_folder, device, episodes, chosen=True, algorithm="grpo")
+    assert_same(skipped, everything)
+
+
+def test_the_gradient_is_that_of_the_formula(model_folder, device):
+    """Eq. 8 for GRPO, written down again with the plain model: no packing, no chunks, no micro-batches."""
+    from transformers import AutoModelForCausalLM
+
+    episodes = make_episodes(2, 3)
+    got, _ = plain_gradients(model_folder, device, episodes, algorithm="grpo", temperature=0.8)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    loss, tokens = 0.0, 0
+    for group in (episodes[:3], episodes[3:]):
+        rewards = torch.tensor([e.rewards["reward"] for e in group])
+        for episode, reward in zip(group, rewards, strict=True):
+            advantage = (reward - rewards.mean()) / (rewards.std(correction=0) + 1e-6)
+            logits = model(torch.tensor([episode.token_ids])).logits[0] / 0.8
+            for t, acted in enumerate(episode.action_mask):
+                if acted:
+                    loss = loss - advantage * logits[t - 1].log_softmax(-1)[episode.token_ids[t]]
+                    tokens += 1
+    (loss / tokens).backward()
+    assert_same(got, [p.grad for p in model.parameters()], 1e-5)
+
+
+@pytest.mark.parametrize("case", ["many", "one"])
+def test_one_rank_and_two_ranks_give_the_same_gradients(case, model_folder, tmp_path):
+    """The same global batch; with an odd number of micro-batches, and with a rank that has none."""
+    results = []
+    for ranks in (1, 2):
+        out = tmp_path / f"{ranks}.pt"
+        result = torchrun(ranks, str(HERE / "gradients.py"), model_folder, str(out), case)
+        assert out.exists(), result.stderr[-3000:]
+        results.append(torch.load(out, weights_only=True))
+    one, two = results
+    assert one["micro_batches"] % 2 == 1 and two["micro_batches"] == (one["micro_batches"] + 1) // 2
+    for name, gradient in one["gradients"].items():
+        assert gradient.abs().max() > 0
+        assert torch.allclose(gradient, two["gradients"][name], atol=1e-6, rtol=1e-3), name
+
+
+def test_a_gradient_that_is_not_finite_skips_the_update(world, device):
+    policy = train.load_policy(world, device)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1.0)
+    before = [p.detach().clone() for p in policy.parameters()]
+    config = dataclasses.replace(world, samples_per_prompt=3)
+    episodes = make_episodes(2, 3)
+    episodes[0].rewards = {"reward": float("nan")}
+    metrics = train.optimize(train.Batch(episodes, config, device), policy, None, optimizer)
+    assert (metrics["updates"], metrics["bad_updates"]) == (0, 1)
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data order
+
+
+def test_every_pass_takes_every_question_once():
+    questions = [{"id": i} for i in range(10)]
+    drawn = [q["id"] for step in range(5) for q in train.questions_of_step(questions, step, 4, seed=0)]
+    assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
+    assert drawn[:10] != drawn[10:] != list(range(10))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs
+
+
+def test_two_identical_runs_give_identical_metrics_and_resume_continues_the_numbers(world, monkeypatch):
+    train.train(world, Path("a"), False, None)
+    train.train(world, Path("b"), False, None)
+    assert metrics_of("a") == metrics_of("b") and len(metrics_of("a")) == 3
+    assert any(row["grad_norm"] > 0 for row in metrics_of("a"))
+
+    train.train(dataclasses.replace(world, steps=1), Path("c"), False, None)
+    with open("c/metrics.jsonl", "a") as log:  # a step that was lost after the checkpoint, and a torn line
+        log.write('{"step": 2, "reward": 99}\n{"step": 3, "rew')
+    train.train(world, Path("c"), True, None)
+    assert metrics_of("c") == metrics_of("a")
+    weights = [torch.tensor(list((Path(run) / "model/model.safetensors").read_bytes())) for run in ("a", "c")]
+    assert torch.equal(*weights)
+
+    monkeypatch.setattr(train, "Trainer", None)  # a finished run ends at once
+    train.train(world, Path("a"), True, None)
+
+
+def test_a_run_folder_is_never_overwritten(world):
+    train.train(dataclasses.replace(world, steps=1), Path("a"), False, None)
+    before = Path("a/metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="--resume"):
+        train.train(world, Path("a"), False, None)
+    with pytest.raises(ValueError, match=r"--clip_eps 0\.2, not 0\.5"):
+        train.train(dataclasses.replace(world, clip_eps=0.5), Path("a"), True, None)
+    assert Path("a/metrics.jsonl").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(world, capsys):
+    train.train(world, Path("a"), False, None)
+    assert sorted(p.name for p in Path("a/checkpoints").iterdir()) == ["step_000002", "step_000003"]  # the last two
+    (shard,) = Path("a/checkpoints/step_000003").glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-7])
+    expected = metrics_of("a")
+    train.train(world, Path("a"), True, None)
+    assert "step_000003 is damaged" in capsys.readouterr().err
+    assert metrics_of("a") == expected
+
+
+def test_kl_starts_at_zero_and_several_updates_clip(world):
+    config = dataclasses.replace(world, kl_coef=0.1, updates_per_rollout=3, learning_rate=5e-3, algorithm="reinforce++")
+    train.train(config, Path("a"), False, None)
+    first, *_, last = metrics_of("a")
+    assert abs(first["kl"]) < 1e-3 < abs(last["kl"])
+    assert first["updates"] == 3
+
+
+@pytest.mark.parametrize("mode", ["k2", "k3"])
+def test_kl_as_a_loss_pulls_towards_the_reference(world, mode):
+    free = dataclasses.replace(world, learning_rate=5e-3, kl_mode=mode, kl_coef=1e-9, steps=3)
+    train.train(free, Path("free"), False, None)
+    train.train(dataclasses.replace(free, kl_coef=10.0), Path("held"), False, None)
+    assert abs(metrics_of("held")[-1]["kl"]) < abs(metrics_of("free")[-1]["kl"])
+
+
+def test_evaluation_during_training(world):
+    train.train(dataclasses.replace(world, eval_every=2, eval_questions="q.jsonl"), Path("a"), False, None)
+    assert ["eval_f1" in row for row in metrics_of("a")] == [True, False, True]
+
+
+def test_failing_searches_stop_the_run_with_their_message(world, monkeypatch):
+    class Down:
+        def search(self, queries, k):
+            raise ConnectionError("connection refused")
+
+    monkeypatch.setattr(train, "open_retriever", lambda source: Down())
+    with pytest.raises(RuntimeError, match="connection refused"):
+        train.train(world, Path("a"), False, None)
+
+
+def test_tensorboard(world):
+    train.train(dataclasses.replace(world, steps=1), Path("a"), False, "tensorboard")
+    assert list(Path("a").glob("events.out.*"))
+
+
+def command(config: train.Config, out: str, *flags: str) -> list[str]:
+    given = [f"--{k}={v}" for k, v in dataclasses.asdict(config).items() if not isinstance(v, bool) and v != ""]
+    return [str(HERE.parent / "train.py"), "--preset", "demo", "--stage", "2", "--out", out, *given, *flags]
+
+
+def test_the_real_vllm_on_two_ranks_then_resumed_on_one(world, tmp_path):
+    """Two engines, FSDP2 over gloo, a checkpoint read by another number of ranks, export; the sampler follows the trainer."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rollout import Episode, Limits, Rollout, VLLMEngine
+
+    config = dataclasses.replace(world, engine="vllm", steps=2)
+    first = torchrun(2, *command(config, "a"))
+    assert first.returncode == 0, first.stderr[-3000:]
+    config = dataclasses.replace(config, steps=3)
+    second = torchrun(1, *command(config, "a", "--resume"))
+    assert second.returncode == 0, second.stderr[-3000:]
+    rows = metrics_of("a")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["sampler_gap"] < 0.05 for row in rows if row["trained_tokens"])
+
+    folder = "a/model"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    engine = VLLMEngine(folder, max_context=400, dtype="float32")
+    rollout = Rollout(engine, tokenizer, None, TAGS, Limits(max_turn_tokens=8, max_context=400, temperature=0.0))
+    (episode,) = rollout.run([Episode({}, tokenizer.encode("Question: who is 3?\n<think>"))])
+    log_probs = model(torch.tensor([episode.token_ids])).logits[0].log_softmax(-1)
+    for t, acted in enumerate(episode.action_mask):
+        if acted:
+            assert episode.log_probs[t] == pytest.approx(log_probs[t - 1, episode.token_ids[t]].item(), abs=1e-3)
+
+
+def test_the_same_batches_on_one_rank_and_on_two(world):
+    """The transformers engine's samples do not depend on what else is running: the runs differ by rounding only."""
+    runs = []
+    for ranks in (1, 2):
+        result = torchrun(ranks, *command(dataclasses.replace(world, steps=2), f"r{ranks}"))
+        assert result.returncode == 0, result.stderr[-3000:]
+        runs.append(metrics_of(f"r{ranks}"))
+    assert runs[0][0]["reward"] == runs[1][0]["reward"] and runs[0][0]["response_len"] == runs[1][0]["response_len"]
+    assert runs[0][0]["grad_norm"] == pytest.approx(runs[1][0]["grad_norm"], rel=1e-3)

@@ -65,7 +65,7 @@ NOUNS = """
 ONE_HOP = {
     "person": [
         ("Where was {} born?", "town"),
-        ("What is the trade of {}?", "trade"),
+        ("What does {} work as?", "trade"),
         ("Who is {} married to?", "spouse"),
     ],
     "company": [
@@ -80,7 +80,7 @@ ONE_HOP = {
 TWO_HOP = {
     "company": [
         ("Where was the founder of {} born?", "person", "town"),
-        ("What is the trade of the founder of {}?", "person", "trade"),
+        ("What does the founder of {} work as?", "person", "trade"),
         ("Who is the mayor of the town where {} is based?", "town", "person"),
     ],
     "film": [
@@ -89,12 +89,12 @@ TWO_HOP = {
     ],
     "book": [
         ("Where was the author of the book {} born?", "person", "town"),
-        ("What is the trade of the author of the book {}?", "person", "trade"),
+        ("What does the author of the book {} work as?", "person", "trade"),
     ],
     "person": [("Who is the mayor of the town where {} was born?", "town", "person")],
 }
 PASSAGES = {
-    "person": ["{name} is a {trade}.", "{pronoun} was born in {town}.", "{pronoun} is married to {spouse}."],
+    "person": ["{name} was born in {town}.", "{pronoun} works as a {trade}.", "{pronoun} is married to {spouse}."],
     "company": ["{name} is a company based in {town}.", "It was founded by {person}.", "It makes {goods}."],
     "film": ["{name} is a film.", "It was directed by {person}.", "It was shot in {town}."],
     "book": ["{name} is a book.", "It was written by {person}.", "It was printed in {town}."],
@@ -213,13 +213,17 @@ def make_demo(out: Path, seed: int) -> None:
     print(f"{out / 'model'}: SmolLM2-135M-Instruct")
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="the demo's model, passages and questions")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder to fill")
     demo.add_argument("--seed", type=int, default=0, help="of the world")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
     make_demo(args.out, args.seed)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from retriever import open_retriever, read_jsonl, read_questions
-from reward import METRICS, PROMPTS, TAGS, judge, load_prompt
+from reward import FORMAT_RULES, METRICS, PROMPTS, TAGS, judge, load_prompt
 from rollout import Episode, Limits, Rollout, derive_seed, make_engine, prompt_encoder
 
 
@@ -30,18 +30,21 @@ def record(episode: Episode) -> dict:
 
 
 def summarize(records: list[dict]) -> dict[str, float]:
-    """Means over the records: the answer metrics, search_rate, searches, format_rate, truncated_rate,
-    response_len, and search_failures (of the searches)."""
+    """The README's metrics of answers, searches and format over the records of finished episodes."""
 
     def mean(values: Iterable[float]) -> float:
         return sum(values) / len(records)
 
+    rules = [rule.__name__ for rule in FORMAT_RULES]
+
     return {
         "n": len(records),
+        "reward": mean(r["reward"] for r in records),
         **{name: mean(r[name] for r in records) for name in METRICS},
         "search_rate": mean(r["searches"] > 0 for r in records),
         "searches": mean(r["searches"] for r in records),
         "format_rate": mean(r["failed_rule"] is None for r in records),
+        **{f"failed_{rule}": mean(r["failed_rule"] == rule for r in records) for rule in rules},
         "truncated_rate": mean(r["finish_reason"] == "length" for r in records),
         "response_len": mean(r["response_len"] for r in records),
         "search_failures": sum(r["search_failures"] for r in records) / max(1, sum(r["searches"] for r in records)),
@@ -150,7 +153,7 @@ def add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}", type=type(value), default=value, help=f"default {value}")
 
 
-def main(argv: list[str] | None = None) -> None:
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     run_parser = commands.add_parser("run", help="answer a question file and score the answers")
@@ -164,7 +167,11 @@ def main(argv: list[str] | None = None) -> None:
     plot_parser.add_argument("--evaluations", type=Path, nargs="*", default=[], help="--out folders of evaluate.py run")
     plot_parser.add_argument("--out", type=Path, default=Path("curves.png"))
     plot_parser.set_defaults(handler=plot)
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_arguments(argv)
     try:
         args.handler(args)
     except (ValueError, OSError) as error:

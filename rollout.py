@@ -159,8 +159,9 @@ class Rollout:
             for episode in ready:
                 episode.add("prompt", episode.prompt_ids, self.tokenizer.decode(episode.prompt_ids))
             for future in self._arrived(searching, wait_for_one=not decoding and not ready):
-                for episode, documents in zip(searching.pop(future), future.result(), strict=True):
-                    self._inject(episode, *documents)
+                for episode, (documents, failed) in zip(searching.pop(future), future.result(), strict=True):
+                    episode.add("documents", documents, self.tokenizer.decode(documents))
+                    episode.search_failures += failed
                     ready.append(episode)
             for episode in ready:
                 key += 1
@@ -240,10 +241,6 @@ class Rollout:
         lines = [f"({number}){p['title']}   {p['text']}" for number, p in enumerate(passages, 1)] or ["(no results)"]
         tail = self._encode("\n" + closing)
         return self._encode(f"\n\n{opening}\n" + "\n".join(lines))[: self.limits.max_document_tokens - len(tail)] + tail
-
-    def _inject(self, episode: Episode, documents: list[int], failed: bool) -> None:
-        episode.search_failures += failed
-        episode.add("documents", documents, self.tokenizer.decode(documents))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ How it departs from the textbook policy-gradient loop:
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -24,7 +25,6 @@ import socket
 import sys
 import time
 import traceback
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ from data_prep import write_jsonl
 from evaluate import answer, record, summarize
 from reinforce_pp import ALGORITHMS, advantages, kl_estimate, pack, plan_micro_batches, policy_loss, token_log_probs
 from retriever import open_retriever, read_questions
-from reward import FORMAT_RULES, PROMPTS, REWARDS, TAGS, judge, load_prompt
+from reward import PROMPTS, REWARDS, TAGS, judge, load_prompt
 from rollout import Episode, Limits, Rollout, derive_seed, make_engine, prompt_encoder
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,7 +67,7 @@ class Config:
     prompt_file: str = option("base", f"one of {', '.join(PROMPTS)}, or a text file with {{question}} in it")
     engine: str = option("vllm", "inference engine", ["vllm", "transformers"])
     seed: int = option(0, "of data order and sampling")
-    steps: int = option(128, "rollout batches; the only option that may change on --resume")
+    steps: int = option(128, "rollout batches; this and --save_every may change on --resume")
     prompts_per_step: int = option(64, "questions in a rollout batch (official scripts)")
     samples_per_prompt: int = option(16, "episodes per question (paper, section 3.3)")
     updates_per_rollout: int = option(4, "optimiser steps per rollout batch: 1024 episodes / 256 (official scripts)")
@@ -148,25 +148,25 @@ def parse_arguments(argv: list[str] | None) -> tuple[argparse.Namespace, Config]
     return args, config
 
 
-def check(config: Config) -> None:
+def check(c: Config) -> None:
     """Refuse what cannot work, before anything is loaded."""
-    for name in ("steps", "prompts_per_step", "samples_per_prompt", "updates_per_rollout", "micro_batch_tokens"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"--{name} must be at least 1")
+
+    def refuse(impossible: bool, why: str) -> None:
+        if impossible:
+            raise ValueError(why)
+
+    for name in ("steps", "prompts_per_step", "samples_per_prompt", "updates_per_rollout"):
+        refuse(getattr(c, name) < 1, f"--{name} must be at least 1")
     for name in ("learning_rate", "temperature", "clip_eps"):
-        if getattr(config, name) <= 0:
-            raise ValueError(f"--{name} must be above 0")
-    if config.kl_coef < 0 or (config.sampler_clip and config.sampler_clip < 1):
-        raise ValueError("--kl_coef must be at least 0, and --sampler_clip 0 or at least 1")
-    if config.samples_per_prompt == 1 and config.algorithm != "reinforce++":
-        raise ValueError(f"--algorithm {config.algorithm} compares samples of a prompt: --samples_per_prompt at least 2")
-    if config.updates_per_rollout > config.prompts_per_step:
-        raise ValueError("--updates_per_rollout must be at most --prompts_per_step")
-    if config.eval_every and not config.eval_questions:
-        raise ValueError("--eval_every needs --eval_questions")
-    is_path = config.model.startswith((".", "/")) or config.model.count("/") != 1
-    if not Path(config.model, "config.json").is_file() and (is_path or Path(config.model).parent.is_dir()):
-        raise FileNotFoundError(f"{config.model}: no such model folder (--model)")
+        refuse(getattr(c, name) <= 0, f"--{name} must be above 0")
+    refuse(c.kl_coef < 0, "--kl_coef must be at least 0")
+    refuse(0 != c.sampler_clip < 1, "--sampler_clip must be 0 (off) or at least 1")
+    lonely = c.samples_per_prompt == 1 and c.algorithm != "reinforce++"
+    refuse(lonely, f"--algorithm {c.algorithm} compares the samples of a prompt: --samples_per_prompt must be at least 2")
+    refuse(c.updates_per_rollout > c.prompts_per_step, "--updates_per_rollout must be at most --prompts_per_step")
+    refuse(c.eval_every > 0 and not c.eval_questions, "--eval_every needs --eval_questions")
+    is_path = c.model.startswith((".", "/")) or c.model.count("/") != 1 or Path(c.model).parent.is_dir()
+    refuse(is_path and not Path(c.model, "config.json").is_file(), f"--model {c.model}: no such model folder")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,8 +291,8 @@ def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
     dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True))
     dist.barrier()
     if dist.get_rank() == 0:
-        checksums = {file.name: checksum(file) for file in sorted(partial.glob("*.safetensors"))}
-        (partial / "progress.json").write_text(json.dumps(progress | {"checksums": checksums}))
+        digests = {file.name: digest(file) for file in sorted(partial.glob("*.safetensors"))}
+        (partial / "progress.json").write_text(json.dumps(progress | {"digests": digests}))
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         for old in sorted(folder.glob("step_??????"))[:-KEEP_CHECKPOINTS]:
@@ -300,12 +300,9 @@ def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
     dist.barrier()
 
 
-def checksum(file: Path) -> int:
-    value = 0
+def digest(file: Path) -> str:
     with open(file, "rb") as stream:
-        while block := stream.read(1 << 24):
-            value = zlib.crc32(block, value)
-    return value
+        return hashlib.file_digest(stream, "blake2b").hexdigest()
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, dict]:
@@ -313,7 +310,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, dict]:
     for path in sorted(folder.glob("step_??????"), reverse=True):
         try:
             progress = json.loads((path / "progress.json").read_text())
-            if all(checksum(path / name) == value for name, value in progress["checksums"].items()):
+            if all(digest(path / name) == value for name, value in progress["digests"].items()):
                 return path, progress
         except (OSError, ValueError, KeyError):
             pass
@@ -507,20 +504,20 @@ class RunFolder:
                 raise ValueError(f"{path}: holds a run already; --resume goes on with it, --out names another folder")
             before = json.loads(file.read_text())
             for name in resolved:
-                if name != "steps" and resolved[name] != before.get(name):
+                if name not in ("steps", "save_every") and resolved[name] != before.get(name):
                     raise ValueError(f"{file}: this run has --{name} {before.get(name)}, not {resolved[name]}")
         dist.barrier()  # all ranks have looked before one writes
         if self.writes:
             path.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(resolved, indent=1))
-        if self.writes and log == "tensorboard":
+        if self.writes and log == "wandb":
+            import wandb
+
+            wandb.init(project="nanosearcher", name=path.name, config=resolved, dir=path, sync_tensorboard=True)
+        if self.writes and log:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(path)
-        elif self.writes and log == "wandb":
-            import wandb
-
-            self.board = wandb.init(project="nanosearcher", name=path.name, config=resolved, dir=path)
 
     def forget_after(self, step: int) -> None:
         """Drop what a lost stretch of the run has logged after its last checkpoint, so that no step stands twice."""
@@ -541,11 +538,8 @@ class RunFolder:
 
     def log(self, metrics: dict[str, float]) -> None:
         self.append("metrics.jsonl", [metrics])
-        if hasattr(self.board, "add_scalar"):
-            for name, value in metrics.items():
-                self.board.add_scalar(name, value, metrics["step"])
-        elif self.board is not None:
-            self.board.log(metrics, step=metrics["step"])
+        for name, value in metrics.items() if self.board else ():
+            self.board.add_scalar(name, value, metrics["step"])
 
 
 class Trainer:
@@ -588,7 +582,7 @@ class Trainer:
         timed("sync", self.sync)
         chosen = questions_of_step(self.questions, step, config.prompts_per_step, config.seed)
         episodes = timed("rollout", lambda: roll_out(self.sampling, self.encode, chosen, config, step))
-        metrics = {"step": step + 1} | batch_metrics(episodes)
+        metrics = {"step": step + 1} | summarize([record(episode) for episode in episodes])
         if metrics["search_failures"] > MAX_SEARCH_FAILURES:
             raise RuntimeError(f"{metrics['search_failures']:.0%} of the searches failed: {self.sampling.search_error!r}")
         if config.eval_every and step % config.eval_every == 0:
@@ -643,15 +637,6 @@ def train(config: Config, out: Path, resume: bool, log: str | None) -> None:
             save_checkpoint(out / "checkpoints", trainer.policy, trainer.optimizer, progress)
     export(trainer.policy, config.model, out / "model")
     run.say(f"model: {out / 'model'}\nmetrics: {out / 'metrics.jsonl'}")
-
-
-def batch_metrics(episodes: list[Episode]) -> dict[str, float]:
-    """What the README defines, from the episodes of all ranks."""
-    records = [record(episode) for episode in episodes]
-    metrics = {"reward": sum(r["reward"] for r in records) / len(records)} | summarize(records)
-    del metrics["n"]
-    failed = Counter(r["failed_rule"] for r in records)
-    return metrics | {f"failed_{rule.__name__}": failed[rule.__name__] / len(records) for rule in FORMAT_RULES}
 
 
 def peak_memory_gib() -> float:

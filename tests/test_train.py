@@ -314,7 +314,7 @@ def command(config: train.Config, out: str, *flags: str) -> list[str]:
 
 
 def test_the_real_vllm_on_two_ranks_then_resumed_on_one(world, tmp_path):
-    """Two engines, FSDP2 over gloo, a checkpoint read by another number of ranks, export; the sampler follows the trainer."""
+    """Two engines, FSDP2 over gloo, a checkpoint read by another number of ranks, export; sampler and trainer agree."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from rollout import Episode, Limits, Rollout, VLLMEngine

@@ -1,0 +1,76 @@
+"""What the README says is what the code does: commands parse, metrics and files exist."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import data_prep
+import evaluate
+import train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
+COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_parses(command, monkeypatch, model_folder):
+    monkeypatch.setattr(train.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train.Path, "is_file", lambda self: True)  # a model folder of a run that is not here
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True).returncode == 0
+        return
+    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
+    if words[0] == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        get_args_parser().parse_args(words[1:])
+    parse = {
+        "train.py": train.parse_arguments,
+        "evaluate.py": evaluate.parse_arguments,
+        "data_prep.py": data_prep.parse_arguments,
+    }
+    if words[script] in parse:
+        parse[words[script]](words[script + 1 :])
+    else:
+        assert (ROOT / words[script]).exists()
+
+
+def test_there_are_commands():
+    assert len(COMMANDS) > 8
+
+
+@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "data_prep.py"])
+def test_help(script):
+    result = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and "usage" in result.stdout
+
+
+def test_every_metric_is_defined(model_folder, tmp_path, monkeypatch):
+    """The README's table and a run's metrics.jsonl name the same things."""
+    import json
+
+    from test_train import TINY
+
+    monkeypatch.chdir(tmp_path)
+    Path("p.txt").write_text("Question: {question}\n<think>")
+    Path("q.jsonl").write_text('{"id": 1, "question": "who is 1?", "answers": ["b"]}\n')
+    Path("c.jsonl").write_text('{"id": 1, "title": "T", "text": "words"}\n')
+    files = {"model": model_folder, "questions": "q.jsonl", "eval_questions": "q.jsonl", "retriever": "c.jsonl"}
+    train.train(train.Config(**{**TINY, **files, "steps": 1, "eval_every": 1}), Path("run"), False, None)
+    logged = {re.sub(r"^eval_.*", "eval_...", name) for name in json.loads(Path("run/metrics.jsonl").read_text())}
+    logged = {re.sub(r"^failed_.*", "failed_RULE", name) for name in logged}
+    section = README.split("## Metrics")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert logged == {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+
+
+def test_every_link_leads_somewhere():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists() or target.startswith("results/demo"), target

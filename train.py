@@ -122,7 +122,7 @@ PRESETS: dict[str, dict[int, dict]] = {
     },
     "demo": {
         1: _DEMO | dict(reward="stage1", steps=8),
-        2: _DEMO | dict(reward="stage2", steps=30, model="demo/stage1/model"),
+        2: _DEMO | dict(reward="stage2", steps=24, model="demo/stage1/model", temperature=0.8, learning_rate=4e-5),
     },
 }
 
@@ -378,7 +378,7 @@ class Batch:
         rewards: (groups, samples).
         advantages: (B, T), of `prepare`.
         old_log_probs, ref_log_probs, kl: (B, T) of `prepare`, None where not needed.
-        teaches: (B,), false for episodes that cannot change the gradient.
+        teaches: B booleans, false for episodes that cannot change the gradient.
     """
 
     def __init__(self, episodes: list[Episode], config: Config, device: torch.device):
@@ -403,7 +403,7 @@ class Batch:
             self.kl = kl_estimate(self.old_log_probs, self.ref_log_probs, "k1")
         in_reward = self.kl if config.kl_mode == "reward" else None
         self.advantages = advantages(self.rewards, self.action_mask, config.algorithm, in_reward, config.kl_coef)
-        self.teaches = (self.action_mask if reference is not None else self.advantages != 0).any(1)
+        self.teaches = (self.action_mask if reference is not None else self.advantages != 0).any(1).tolist()
         if self.old_log_probs is None and config.updates_per_rollout > 1:
             self.old_log_probs = self.log_probs(policy, [i for i in everyone if self.teaches[i]])
 
@@ -469,7 +469,7 @@ def optimize(batch: Batch, policy: nn.Module, reference: nn.Module | None, optim
     for update in range(batch.config.updates_per_rollout):
         members = range(update, groups, batch.config.updates_per_rollout)  # the order of the batch is random already
         chosen = [group * samples + sample for group in members for sample in range(samples)]
-        if not batch.teaches[chosen].any():
+        if not any(batch.teaches[i] for i in chosen):
             continue
         totals += batch.backward(policy, chosen)
         grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM).full_tensor().item()
@@ -523,9 +523,9 @@ class RunFolder:
         """Drop what a lost stretch of the run has logged after its last checkpoint, so that no step stands twice."""
         for file in (self.path / "metrics.jsonl", self.path / "trajectories.jsonl"):
             if self.writes and file.exists():
-                lines = file.read_text(encoding="utf-8").splitlines()
-                whole = [json.loads(line) for line in lines if line.endswith("}")]  # the last may be torn
-                write_jsonl(file, [record for record in whole if record["step"] <= step])
+                whole = file.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last new line is torn
+                records = map(json.loads, whole)
+                write_jsonl(file, [record for record in records if record["step"] <= step])
 
     def append(self, name: str, records: list[dict]) -> None:
         if self.writes:
@@ -619,10 +619,8 @@ def train(config: Config, out: Path, resume: bool, log: str | None) -> None:
         load_checkpoint(path, trainer.policy, trainer.optimizer, progress)
     run.forget_after(progress["step"])
     bad_in_a_row = 0
-    bar = tqdm(
-        range(progress["step"], config.steps), "steps", config.steps, True, initial=progress["step"], disable=not run.writes
-    )
-    for step in bar:
+    start = progress["step"]
+    for step in tqdm(range(start, config.steps), "steps", config.steps, initial=start, disable=not run.writes):
         metrics, episodes = trainer.iterate(step)
         run.log(metrics)
         first_group = episodes[: config.samples_per_prompt]

@@ -25,11 +25,11 @@ demo: .venv/installed
 	$(BIN)/python data_prep.py demo --out $(DEMO) --seed $(SEED)
 	$(EVALUATE) --model $(DEMO)/model --out $(DEMO)/eval-untrained
 	$(TRAIN) --stage 1 --steps $(STEPS_1) --model $(DEMO)/model --out $(DEMO)/stage1
-	$(EVALUATE) --model $(DEMO)/stage1/model --out $(DEMO)/eval-stage1
+	$(EVALUATE) --model $(DEMO)/stage1/model --out $(DEMO)/eval-stage1-$(STEPS_1)
 	$(TRAIN) --stage 2 --steps $(STEPS) --model $(DEMO)/stage1/model --out $(DEMO)/stage2
-	$(EVALUATE) --model $(DEMO)/stage2/model --out $(DEMO)/eval-stage2
+	$(EVALUATE) --model $(DEMO)/stage2/model --out $(DEMO)/eval-stage2-$(STEPS)
 	$(BIN)/python evaluate.py plot --runs $(DEMO)/stage1 $(DEMO)/stage2 --out $(DEMO)/curves.png \
-		--evaluations $(DEMO)/eval-untrained $(DEMO)/eval-stage1 $(DEMO)/eval-stage2
+		--evaluations $(DEMO)/eval-untrained $(DEMO)/eval-stage1-$(STEPS_1) $(DEMO)/eval-stage2-$(STEPS)
 
 test: .venv/installed
 	$(BIN)/python -m pytest

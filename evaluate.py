@@ -6,11 +6,10 @@ in evaluation). Every question of the file is answered and counted, in the file'
 
 import argparse
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from retriever import open_retriever, read_jsonl, read_questions
+from retriever import open_retriever, read_jsonl, read_questions, user_errors, write_jsonl
 from reward import FORMAT_RULES, METRICS, PROMPTS, TAGS, judge, load_prompt
 from rollout import Episode, Limits, Rollout, derive_seed, make_engine, prompt_encoder
 
@@ -58,11 +57,11 @@ def summarize_by_dataset(records: list[dict]) -> dict[str, dict[str, float]]:
     return parts if len(parts) == 1 else parts | {"all": summarize(records)}
 
 
-def answer(rollout: Rollout, encode, questions: list[dict], seed: int = 0) -> Iterable[dict]:
+def answer(rollout: Rollout, encode, questions: list[dict], seed: int = 0, reward: str = "stage2") -> Iterable[dict]:
     """Roll the questions out and yield a judged record for each as it finishes."""
     episodes = (Episode(q, encode(q["question"]), seed=derive_seed(seed, i)) for i, q in enumerate(questions))
     for episode in rollout.run(episodes):
-        episode.rewards = judge(episode.segments, len(episode.queries), episode.question["answers"])
+        episode.rewards = judge(episode.segments, len(episode.queries), episode.question["answers"], reward)
         yield record(episode)
 
 
@@ -86,6 +85,7 @@ def table(results: dict[str, dict[str, float]]) -> str:
 
 def run(args: argparse.Namespace) -> None:
     """Answer, score, write `transcripts.jsonl` and `metrics.json` into `--out`."""
+    import torch
     from tqdm import tqdm
     from transformers import AutoTokenizer
 
@@ -98,16 +98,17 @@ def run(args: argparse.Namespace) -> None:
         done = json.loads(metrics_file.read_text())
         if done["protocol"] != protocol:
             raise ValueError(f"{metrics_file}: holds another evaluation; give another --out")
+        print(f"{args.out}: evaluated already")
     else:
         limits = Limits(**{name: getattr(args, name) for name in Limits.__dataclass_fields__})
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         encode = prompt_encoder(tokenizer, load_prompt(args.prompt_file))
         engine = make_engine(args.engine, args.model, args.max_context, args.gpu_memory_utilization)
-        rollout = Rollout(engine, tokenizer, search, TAGS, limits, deterministic=True)
+        rollout = Rollout(engine, tokenizer, search, TAGS, limits, deterministic=not torch.cuda.is_available())
         records = list(tqdm(answer(rollout, encode, questions, args.seed), "evaluate", len(questions), unit="q"))
         order = {q["id"]: i for i, q in enumerate(questions)}
         records.sort(key=lambda r: order[r["id"]])
-        transcripts.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records), encoding="utf-8")
+        write_jsonl(transcripts, records)
         done = {"protocol": protocol, "results": summarize_by_dataset(records)}
         metrics_file.write_text(json.dumps(done, indent=1))
     print(table(done["results"]))
@@ -178,11 +179,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
-    try:
+    with user_errors("evaluate.py"):
         args.handler(args)
-    except (ValueError, OSError) as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

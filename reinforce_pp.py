@@ -16,14 +16,17 @@ Sources: Reinforce++ (arXiv 2501.03262), GRPO (arXiv 2402.03300), k1 to k3 (Schu
 7 (truncated importance sampling for rollouts from another engine).
 
 Shapes: B episodes of the rollout batch, T tokens (padded), N action tokens of a micro-batch, H hidden, V vocabulary.
-Masks are 1 on the tokens that the policy sampled. Nothing here knows of ranks: the batch is the whole batch.
+Masks are 1 on the tokens that the policy sampled. The batch is the whole batch of all ranks; nothing here
+communicates.
 """
 
+from collections.abc import Callable
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 SHARE_PROMPT_FROM = 0.5  # prompt length over mean continuation length from which sharing beats plain causal attention
 ALGORITHMS = ("reinforce++", "reinforce++_baseline", "grpo")
@@ -240,3 +243,100 @@ def policy_loss(
         weight = (old_log_probs - sampler_log_probs).clamp(-20, 20).exp().clamp(1 / sampler_clip, sampler_clip)
         loss = loss * weight.detach()
     return loss, clipped < unclipped
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A rollout batch, from episodes to gradients
+
+
+class Batch:
+    """The rollout batch as tensors (B, T), alike on every rank.
+
+    Args:
+        episodes: of all ranks, `samples_per_prompt` in a row of the same prompt.
+        config: train.py's options.
+        rank, world: which share of the micro-batches to compute.
+        reduce: sums a tensor over the ranks, in place.
+    Attributes:
+        action_mask, sampler_log_probs: (B, T).
+        rewards: (groups, samples).
+        advantages: (B, T), of `prepare`.
+        old_log_probs, ref_log_probs, kl: (B, T) of `prepare`, None where not needed.
+        teaches: B booleans, false for episodes that cannot change the gradient.
+    """
+
+    def __init__(self, episodes: list, config, device: torch.device, rank: int = 0, world: int = 1, reduce=lambda x: x):
+        self.episodes, self.config, self.device = episodes, config, device
+        self.rank, self.world, self.reduce = rank, world, reduce
+        length = max(len(e.token_ids) for e in episodes)
+
+        def pad(rows: list[list], dtype: torch.dtype) -> Tensor:
+            return torch.tensor([row + [0] * (length - len(row)) for row in rows], dtype=dtype, device=device)
+
+        self.action_mask = pad([e.action_mask for e in episodes], torch.bool)
+        self.sampler_log_probs = pad([e.log_probs for e in episodes], torch.float32)
+        rewards = torch.tensor([e.rewards["reward"] for e in episodes], dtype=torch.float64, device=device)
+        self.rewards = rewards.view(-1, config.samples_per_prompt)
+        self.old_log_probs = self.ref_log_probs = self.kl = None
+
+    def prepare(self, policy: nn.Module, reference: nn.Module | None) -> None:
+        """Advantages, and the passes without gradient that they and the loss need: none for one update and no KL."""
+        config, everyone = self.config, list(range(len(self.episodes)))
+        if reference is not None:
+            self.old_log_probs = self.log_probs(policy, everyone)
+            self.ref_log_probs = self.log_probs(reference, everyone)
+            self.kl = kl_estimate(self.old_log_probs, self.ref_log_probs, "k1")
+        in_reward = self.kl if config.kl_mode == "reward" else None
+        self.advantages = advantages(self.rewards, self.action_mask, config.algorithm, in_reward, config.kl_coef)
+        self.teaches = (self.action_mask if reference is not None else self.advantages != 0).any(1).tolist()
+        if self.old_log_probs is None and config.updates_per_rollout > 1:
+            self.old_log_probs = self.log_probs(policy, [i for i in everyone if self.teaches[i]])
+
+    def plan(self, chosen: list[int]) -> list[list[list[int]]]:
+        """This rank's micro-batches of the chosen episodes; every rank gets the same number, so collectives cannot hang."""
+        sequences = [(len(e.prompt_ids), len(e.token_ids)) for e in self.episodes]
+        batches = plan_micro_batches(sequences, chosen, self.config.samples_per_prompt, self.config.micro_batch_tokens)
+        batches += [[]] * (-len(batches) % self.world)  # an empty one runs the model on a single token, with weight zero
+        return batches[self.rank :: self.world]
+
+    def forward(self, policy: nn.Module, rows: list[list[int]]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Log-probabilities (N,) of a micro-batch's action tokens, and how to pick the same tokens from a (B, T) tensor."""
+        members = [[self.episodes[i] for i in row] for row in rows]
+        sequences = [[(e.token_ids, e.action_mask, len(e.prompt_ids)) for e in row] for row in members]
+        inputs = {name: t if t is None else t.to(self.device) for name, t in pack(sequences or [[([0], [0], 1)]]).items()}
+        chosen = torch.tensor([i for row in rows for i in row], dtype=torch.long, device=self.device)
+        log_probs = policy(**inputs, temperature=self.config.temperature)
+        return log_probs, lambda values: values[chosen][self.action_mask[chosen]]
+
+    @torch.no_grad()
+    def log_probs(self, policy: nn.Module, chosen: list[int]) -> Tensor:
+        """(B, T) log-probabilities under `policy` of the chosen episodes' action tokens, 0 elsewhere, on every rank."""
+        result = torch.zeros_like(self.sampler_log_probs)
+        positions = torch.arange(result.numel(), device=self.device).view_as(result)
+        for rows in self.plan(chosen):
+            values, pick = self.forward(policy, rows)
+            result.view(-1)[pick(positions)] = values
+        self.reduce(result)
+        return result
+
+    def backward(self, policy: nn.Module, chosen: list[int]) -> Tensor:
+        """Accumulate the gradient of Eq. 8 over the chosen episodes, the episodes of one optimiser step.
+
+        Returns:
+            (4,), of this rank: clipped tokens, sum of |log pi_old - log pi_sampler|, sum of kl, tokens.
+        """
+        config, totals = self.config, torch.zeros(4, device=self.device)
+        action_tokens = self.action_mask[chosen].sum().clamp(min=1)  # on all ranks, those that teach nothing included
+        plan = self.plan([i for i in chosen if self.teaches[i]])
+        for rows in tqdm(plan, "train", unit="micro-batch", leave=False, disable=self.rank > 0):
+            log_probs, pick = self.forward(policy, rows)
+            old = log_probs.detach() if self.old_log_probs is None else pick(self.old_log_probs)
+            sampler, kl = pick(self.sampler_log_probs), torch.zeros_like(old) if self.kl is None else pick(self.kl)
+            correct = sampler if config.sampler_clip else None
+            loss, clipped = policy_loss(log_probs, old, pick(self.advantages), config.clip_eps, correct, config.sampler_clip)
+            if self.kl is not None and config.kl_mode != "reward":
+                loss = loss + config.kl_coef * kl_estimate(log_probs, pick(self.ref_log_probs), config.kl_mode)
+            # FSDP averages gradients over the ranks; the loss is a sum over all of them
+            (loss.sum() / action_tokens * self.world).backward()
+            totals += torch.stack([clipped.sum(), (old - sampler).abs().sum(), kl.sum(), torch.ones_like(old).sum()])
+        return totals

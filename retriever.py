@@ -3,10 +3,13 @@
 A passage is `{"id", "title", "text"}`. Every backend is thread-safe and returns one list a query, best first.
 """
 
+import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol, TypedDict
 
@@ -32,7 +35,7 @@ def read_jsonl(path: str | Path, parse: Callable[[dict], dict], expected: str) -
         ValueError: names the file, the line and what is wrong (not JSON, not `expected`, an id twice, no record at all).
     """
     records, seen = [], set()
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -49,6 +52,26 @@ def read_jsonl(path: str | Path, parse: Callable[[dict], dict], expected: str) -
     return records
 
 
+def write_jsonl(path: Path, records: list[dict]) -> None:
+    """Write beside and rename, so that a file that exists is whole."""
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    partial.rename(path)
+
+
+@contextmanager
+def user_errors(program: str) -> Iterator[None]:
+    """End a command in one line and status 2 on a file's error or one that this project raises; others are bugs."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
+        if not isinstance(error, OSError) and raised_in.parent != Path(__file__).resolve().parent:
+            raise
+        print(f"{program}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
 def read_passages(path: str | Path) -> list[Passage]:
     """Passages of a JSONL file; errors as in `read_jsonl`."""
     return read_jsonl(path, lambda r: {key: str(r[key]) for key in ("id", "title", "text")}, '{"id", "title", "text"}')
@@ -62,12 +85,12 @@ def read_questions(path: str | Path) -> list[dict]:
 
     def parse(record: dict) -> dict:
         answers = record["answers"] if "answers" in record else record["answer"]
-        answers = [str(a) for a in answers] if isinstance(answers, list) else [answers]
-        answers = [{True: "yes", False: "no"}.get(a, a) if isinstance(a, bool) else str(a).strip() for a in answers]
+        answers = answers if isinstance(answers, list) else [answers]
+        answers = [("no", "yes")[a] if isinstance(a, bool) else str(a).strip() for a in answers if a is not None]
         if not record["question"].strip() or not any(answers):
             raise ValueError("a question without text or answer")
         return {
-            "id": str(record.get("id", record.get("idx"))),
+            "id": str(record["id"] if "id" in record else record["idx"]),
             "question": record["question"].strip(),
             "answers": [a for a in answers if a],
             "dataset": record.get("dataset") or Path(path).stem,
@@ -115,6 +138,16 @@ def open_retriever(source: str) -> Retriever:
     return BM25(read_passages(source))
 
 
-if __name__ == "__main__":  # python retriever.py passages.jsonl "a query"
-    for passage in open_retriever(sys.argv[1]).search([sys.argv[2]], k=5)[0]:
-        print(f"{passage['title']}: {passage['text']}")
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("retriever", help="passage file (JSONL)")
+    parser.add_argument("query")
+    parser.add_argument("-k", type=int, default=5, help="passages to show (default 5)")
+    args = parser.parse_args(argv)
+    with user_errors("retriever.py"):
+        for passage in open_retriever(args.retriever).search([args.query], args.k)[0]:
+            print(f"{passage['title']}: {passage['text']}")
+
+
+if __name__ == "__main__":
+    main()

@@ -136,8 +136,8 @@ FORMAT_RULES: tuple[Callable[[str], bool], ...] = (
     one_answer,
     paired_queries,
     no_documents,
-    short_answer,
     no_script_switch,
+    short_answer,  # last, so that its name says that every other rule holds
 )
 
 
@@ -167,7 +167,8 @@ def normalize(text: str) -> str:
     SQuAD's evaluator deletes punctuation instead, which makes "acid-house" and "acid house" differ; with a blank the
     authors' own outputs score what the authors report (EM 58.0, F1 71.9, ACC_R 65.4 on HotpotQA).
     """
-    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+    words = text.lower().translate(_PUNCTUATION)
+    return " ".join(_ARTICLES.sub(" ", words).split() or words.split())  # an answer "A" stays an answer
 
 
 def exact_match(prediction: str, gold: str) -> float:
@@ -229,19 +230,24 @@ def stage1_readme(o: Outcome) -> float:
     return o.score("f1") + 0.5 * (o.searches >= 1 and o.failed_rule is None)
 
 
-def _answer_reward(metric: str, penalty: float) -> Callable[[Outcome], float]:
+def _answer_reward(metric: str) -> Callable[[Outcome], float]:
     """Learn to solve with search (paper, section 3.2.2): the answer's score, less a penalty for a broken format."""
-    return lambda o: o.score(metric) - penalty * (o.failed_rule is not None)
+    return lambda o: o.score(metric) - 2.0 * (o.failed_rule is not None)
+
+
+def stage2_llama(o: Outcome) -> float:
+    """Stage 2 of the official Llama script: a penalty of 1, and no rule on the answer's length."""
+    return o.score("f1") - (o.failed_rule not in (None, "short_answer"))
 
 
 REWARDS: dict[str, Callable[[Outcome], float]] = {
     "stage1": stage1,
     "stage1_code": stage1_code,
     "stage1_readme": stage1_readme,
-    "stage2": _answer_reward("f1", 2.0),
-    "stage2_em": _answer_reward("em", 2.0),
-    "stage2_cover_em": _answer_reward("acc_r", 2.0),
-    "stage2_llama": _answer_reward("f1", 1.0),
+    "stage2": _answer_reward("f1"),
+    "stage2_em": _answer_reward("em"),
+    "stage2_cover_em": _answer_reward("acc_r"),
+    "stage2_llama": stage2_llama,
 }
 
 

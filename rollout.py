@@ -169,7 +169,7 @@ class Rollout:
                     decoding[key] = episode
                 else:
                     yield episode
-            if not decoding and not searching:
+            if not (decoding or searching or ready):
                 return
             asking = []
             for completion in self.engine.step() if decoding else []:

@@ -21,13 +21,13 @@ import os
 import random
 import resource
 import shutil
-import socket
 import sys
 import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -35,10 +35,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from data_prep import write_jsonl
 from evaluate import answer, record, summarize
-from reinforce_pp import ALGORITHMS, Policy, advantages, kl_estimate, pack, plan_micro_batches, policy_loss
-from retriever import open_retriever, read_questions
+from reinforce_pp import ALGORITHMS, Batch, Policy
+from retriever import open_retriever, read_questions, user_errors, write_jsonl
 from reward import PROMPTS, REWARDS, TAGS, judge, load_prompt
 from rollout import Episode, Limits, Rollout, derive_seed, make_engine, prompt_encoder
 
@@ -50,6 +49,11 @@ ADAM_BETAS = (0.9, 0.95)  # likewise
 MAX_BAD_STEPS = 3  # updates in a row with a gradient that is not finite before the run stops
 MAX_SEARCH_FAILURES = 0.2  # share of a batch's queries that may fail before the run stops
 KEEP_CHECKPOINTS = 2
+MAY_CHANGE = (  # on --resume: they change no number but for rounding
+    *("steps", "save_every", "eval_every", "eval_questions"),
+    *("micro_batch_tokens", "gradient_checkpointing", "cpu_offload", "gpu_memory_utilization"),
+)
+START = {"step": 0, "updates": 0}  # the progress of a run that has not begun
 
 
 def option(default, text: str, choices=None):
@@ -67,7 +71,7 @@ class Config:
     prompt_file: str = option("base", f"one of {', '.join(PROMPTS)}, or a text file with {{question}} in it")
     engine: str = option("vllm", "inference engine", ["vllm", "transformers"])
     seed: int = option(0, "of data order and sampling")
-    steps: int = option(128, "rollout batches; this and --save_every may change on --resume")
+    steps: int = option(128, "rollout batches")
     prompts_per_step: int = option(64, "questions in a rollout batch (official scripts)")
     samples_per_prompt: int = option(16, "episodes per question (paper, section 3.3)")
     updates_per_rollout: int = option(4, "optimiser steps per rollout batch: 1024 episodes / 256 (official scripts)")
@@ -118,7 +122,7 @@ PRESETS: dict[str, dict[int, dict]] = {
     "qwen": {1: _STAGE_1, 2: _STAGE_2},
     "llama": {
         1: _LLAMA | _STAGE_1 | dict(prompts_per_step=15, steps=24),
-        2: _LLAMA | _STAGE_2 | dict(prompts_per_step=65, steps=126, reward="stage2_llama"),
+        2: _LLAMA | _STAGE_2 | dict(prompts_per_step=65, steps=126),
     },
     "demo": {
         1: _DEMO | dict(reward="stage1", steps=8),
@@ -155,8 +159,10 @@ def check(c: Config) -> None:
         if impossible:
             raise ValueError(why)
 
-    for name in ("steps", "prompts_per_step", "samples_per_prompt", "updates_per_rollout"):
-        refuse(getattr(c, name) < 1, f"--{name} must be at least 1")
+    for f in dataclasses.fields(Config):
+        if f.type is int and f.name != "seed":
+            least = 0 if f.name in ("save_every", "eval_every") else 1
+            refuse(getattr(c, f.name) < least, f"--{f.name} must be at least {least}")
     for name in ("learning_rate", "temperature", "clip_eps"):
         refuse(getattr(c, name) <= 0, f"--{name} must be above 0")
     refuse(c.kl_coef < 0, "--kl_coef must be at least 0")
@@ -177,17 +183,9 @@ def start_distributed() -> torch.device:
     """Join the process group that torchrun describes, or make one of a single process."""
     if dist.is_initialized():
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        alone = {
-            "RANK": 0,
-            "LOCAL_RANK": 0,
-            "WORLD_SIZE": 1,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": free.getsockname()[1],
-        }
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in alone.items():
-        os.environ.setdefault(name, str(value))
+        os.environ.setdefault(name, value)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl")
@@ -203,8 +201,12 @@ def load_policy(config: Config, device: torch.device, frozen: bool = False) -> P
     from transformers import AutoModelForCausalLM
 
     lm = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.bfloat16 if frozen else torch.float32)
-    if getattr(lm.config, "final_logit_softcapping", None) or getattr(lm.config, "logits_scaling", None):
-        raise ValueError(f"{config.model}: models that rescale their logits are not supported")
+    rescaling = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+    head_bias = getattr(lm.get_output_embeddings(), "bias", None)
+    if head_bias is not None or any(getattr(lm.config, name, None) for name in rescaling):
+        raise ValueError(f"--model {config.model}: its head is not a plain linear map; such models are not supported")
+    if "sliding_attention" in (getattr(lm.config, "layer_types", None) or ()):
+        raise ValueError(f"--model {config.model}: sliding-window attention is not supported")
     if config.gradient_checkpointing and not frozen:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(lm).train(not frozen).requires_grad_(not frozen)
@@ -228,10 +230,15 @@ def export(policy: Policy, model: str, out: Path) -> None:
     """Write a Hugging Face folder that transformers and vLLM load as it is."""
     from transformers import AutoTokenizer
 
-    state = {name: tensor.cpu() for name, tensor in whole_parameters(policy) if dist.get_rank() == 0 or tensor is None}
+    state = {}
+    for name, tensor in whole_parameters(policy):  # all ranks gather, rank 0 keeps
+        if dist.get_rank() == 0:
+            state[name] = tensor.cpu()
     if dist.get_rank() == 0:
         partial = out.with_suffix(".partial")
         policy.lm.save_pretrained(partial, state_dict=state)
+        policy.lm.config.dtype = "bfloat16"  # save_pretrained names that of the fp32 parameters
+        policy.lm.config.save_pretrained(partial)
         AutoTokenizer.from_pretrained(model).save_pretrained(partial)
         shutil.rmtree(out, ignore_errors=True)
         partial.rename(out)
@@ -249,7 +256,7 @@ def training_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str
         moments = optimizer.state[parameter]
         if not moments:
             moments |= {
-                "step": torch.zeros(()),
+                "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
@@ -295,9 +302,8 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, dict]:
                 return path, progress
         except (OSError, ValueError, KeyError):
             pass
-        if dist.get_rank() == 0:
-            print(f"train.py: {path} is damaged and is passed over", file=sys.stderr)
-    return None, {"step": 0, "updates": 0}
+        print(f"train.py: {path} is damaged and is passed over", file=sys.stderr)
+    return None, START
 
 
 def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer, progress: dict) -> None:
@@ -316,11 +322,12 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer
 def questions_of_step(questions: list[dict], step: int, count: int, seed: int) -> list[dict]:
     """The step's questions: `count` in a row from an endless sequence of shuffled passes over all of them."""
     chosen = []
-    for position in range(step * count, (step + 1) * count):
-        epoch, index = divmod(position, len(questions))
-        order = list(range(len(questions)))
+    for epoch, positions in groupby(
+        range(step * count, (step + 1) * count), key=lambda position: position // len(questions)
+    ):
+        order = list(questions)
         random.Random(derive_seed(seed, epoch)).shuffle(order)
-        chosen.append(questions[order[index]])
+        chosen += [order[position % len(questions)] for position in positions]
     return chosen
 
 
@@ -347,96 +354,6 @@ def roll_out(rollout: Rollout, encode: Callable, questions: list[dict], config: 
     shares = gather(mine)
     groups = [(number % world, number // world * samples) for number in range(len(questions))]
     return [episode for rank, start in groups for episode in shares[rank][start : start + samples]]
-
-
-class Batch:
-    """The rollout batch as tensors (B, T), alike on every rank.
-
-    Args:
-        episodes: of all ranks, as `roll_out` gives them.
-    Attributes:
-        action_mask, sampler_log_probs: (B, T).
-        rewards: (groups, samples).
-        advantages: (B, T), of `prepare`.
-        old_log_probs, ref_log_probs, kl: (B, T) of `prepare`, None where not needed.
-        teaches: B booleans, false for episodes that cannot change the gradient.
-    """
-
-    def __init__(self, episodes: list[Episode], config: Config, device: torch.device):
-        self.episodes, self.config, self.device = episodes, config, device
-        length = max(len(e.token_ids) for e in episodes)
-
-        def pad(rows: list[list], dtype: torch.dtype) -> Tensor:
-            return torch.tensor([row + [0] * (length - len(row)) for row in rows], dtype=dtype, device=device)
-
-        self.action_mask = pad([e.action_mask for e in episodes], torch.bool)
-        self.sampler_log_probs = pad([e.log_probs for e in episodes], torch.float32)
-        rewards = torch.tensor([e.rewards["reward"] for e in episodes], dtype=torch.float64, device=device)
-        self.rewards = rewards.view(-1, config.samples_per_prompt)
-        self.old_log_probs = self.ref_log_probs = self.kl = None
-
-    def prepare(self, policy: nn.Module, reference: nn.Module | None) -> None:
-        """Advantages, and the passes without gradient that they and the loss need: none for one update and no KL."""
-        config, everyone = self.config, list(range(len(self.episodes)))
-        if reference is not None:
-            self.old_log_probs = self.log_probs(policy, everyone)
-            self.ref_log_probs = self.log_probs(reference, everyone)
-            self.kl = kl_estimate(self.old_log_probs, self.ref_log_probs, "k1")
-        in_reward = self.kl if config.kl_mode == "reward" else None
-        self.advantages = advantages(self.rewards, self.action_mask, config.algorithm, in_reward, config.kl_coef)
-        self.teaches = (self.action_mask if reference is not None else self.advantages != 0).any(1).tolist()
-        if self.old_log_probs is None and config.updates_per_rollout > 1:
-            self.old_log_probs = self.log_probs(policy, [i for i in everyone if self.teaches[i]])
-
-    def plan(self, chosen: list[int]) -> list[list[list[int]]]:
-        """This rank's micro-batches of the chosen episodes; every rank gets the same number, so collectives cannot hang."""
-        sequences = [(len(e.prompt_ids), len(e.token_ids)) for e in self.episodes]
-        batches = plan_micro_batches(sequences, chosen, self.config.samples_per_prompt, self.config.micro_batch_tokens)
-        world = dist.get_world_size()
-        batches += [[]] * (-len(batches) % world)  # an empty one runs the model on a single token, with weight zero
-        return batches[dist.get_rank() :: world]
-
-    def forward(self, policy: nn.Module, rows: list[list[int]]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """Log-probabilities (N,) of a micro-batch's action tokens, and how to pick the same tokens from a (B, T) tensor."""
-        members = [[self.episodes[i] for i in row] for row in rows]
-        sequences = [[(e.token_ids, e.action_mask, len(e.prompt_ids)) for e in row] for row in members]
-        inputs = {name: t if t is None else t.to(self.device) for name, t in pack(sequences or [[([0], [0], 1)]]).items()}
-        chosen = torch.tensor([i for row in rows for i in row], dtype=torch.long, device=self.device)
-        log_probs = policy(**inputs, temperature=self.config.temperature)
-        return log_probs, lambda values: values[chosen][self.action_mask[chosen]]
-
-    @torch.no_grad()
-    def log_probs(self, policy: nn.Module, chosen: list[int]) -> Tensor:
-        """(B, T) log-probabilities under `policy` of the chosen episodes' action tokens, 0 elsewhere, on every rank."""
-        result = torch.zeros_like(self.sampler_log_probs)
-        positions = torch.arange(result.numel(), device=self.device).view_as(result)
-        for rows in self.plan(chosen):
-            values, pick = self.forward(policy, rows)
-            result.view(-1)[pick(positions)] = values
-        dist.all_reduce(result)
-        return result
-
-    def backward(self, policy: nn.Module, chosen: list[int]) -> Tensor:
-        """Accumulate the gradient of Eq. 8 over the chosen episodes, the episodes of one optimiser step.
-
-        Returns:
-            (4,), of this rank: clipped tokens, sum of |log pi_old - log pi_sampler|, sum of kl, tokens.
-        """
-        config, totals = self.config, torch.zeros(4, device=self.device)
-        action_tokens = self.action_mask[chosen].sum().clamp(min=1)  # on all ranks, those that teach nothing included
-        plan = self.plan([i for i in chosen if self.teaches[i]])
-        for rows in tqdm(plan, "train", unit="micro-batch", leave=False, disable=dist.get_rank() > 0):
-            log_probs, pick = self.forward(policy, rows)
-            old = log_probs.detach() if self.old_log_probs is None else pick(self.old_log_probs)
-            sampler, kl = pick(self.sampler_log_probs), torch.zeros_like(old) if self.kl is None else pick(self.kl)
-            correct = sampler if config.sampler_clip else None
-            loss, clipped = policy_loss(log_probs, old, pick(self.advantages), config.clip_eps, correct, config.sampler_clip)
-            if self.kl is not None and config.kl_mode != "reward":
-                loss = loss + config.kl_coef * kl_estimate(log_probs, pick(self.ref_log_probs), config.kl_mode)
-            # FSDP averages gradients over the ranks; the loss is a sum over all of them
-            (loss.sum() / action_tokens * dist.get_world_size()).backward()
-            totals += torch.stack([clipped.sum(), (old - sampler).abs().sum(), kl.sum(), torch.ones_like(old).sum()])
-        return totals
 
 
 def optimize(batch: Batch, policy: nn.Module, reference: nn.Module | None, optimizer) -> dict[str, float]:
@@ -480,12 +397,12 @@ class RunFolder:
     def __init__(self, path: Path, config: Config, resume: bool, log: str | None):
         self.path, self.writes, self.board = path, dist.get_rank() == 0, None
         resolved, file = dataclasses.asdict(config), path / "config.json"
-        if file.exists():
+        if file.exists() and any((path / name).exists() for name in ("metrics.jsonl", "checkpoints")):
             if not resume:
                 raise ValueError(f"{path}: holds a run already; --resume goes on with it, --out names another folder")
             before = json.loads(file.read_text())
             for name in resolved:
-                if name not in ("steps", "save_every") and resolved[name] != before.get(name):
+                if name not in MAY_CHANGE and resolved[name] != before.get(name):
                     raise ValueError(f"{file}: this run has --{name} {before.get(name)}, not {resolved[name]}")
         dist.barrier()  # all ranks have looked before one writes
         if self.writes:
@@ -544,9 +461,9 @@ class Trainer:
         )
         names = set(Limits.__dataclass_fields__) & set(Config.__dataclass_fields__)
         limits = Limits(**{name: getattr(config, name) for name in names})
-        self.sampling = Rollout(self.engine, tokenizer, search, TAGS, limits, deterministic=True)
-        greedy = dataclasses.replace(limits, temperature=0.0)
-        self.greedy = Rollout(self.engine, tokenizer, search, TAGS, greedy, deterministic=True)
+        repeatable = device.type == "cpu"  # bit for bit; on a GPU decoding goes on while the retriever works
+        self.sampling = Rollout(self.engine, tokenizer, search, TAGS, limits, repeatable)
+        self.greedy = Rollout(self.engine, tokenizer, search, TAGS, dataclasses.replace(limits, temperature=0.0), repeatable)
 
     def iterate(self, step: int) -> tuple[dict[str, float], list[Episode]]:
         """Sync, roll out, judge, update; the step's metrics and episodes, alike on every rank."""
@@ -569,7 +486,7 @@ class Trainer:
         if config.eval_every and step % config.eval_every == 0:
             metrics |= timed("eval", self.evaluate)
         self.engine.sleep()
-        batch = Batch(episodes, config, self.device)
+        batch = Batch(episodes, config, self.device, dist.get_rank(), dist.get_world_size(), dist.all_reduce)
         metrics |= timed("train", lambda: optimize(batch, self.policy, self.reference, self.optimizer))
         sampled = int(batch.action_mask.sum())
         metrics["rollout_tokens_per_second"] = sampled / seconds["seconds_rollout"]
@@ -583,7 +500,8 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Greedy answers to the held-out questions, this rank's share each."""
         rank, world = dist.get_rank(), dist.get_world_size()
-        records = gather(list(answer(self.greedy, self.encode, self.eval_questions[rank::world])))
+        mine = self.eval_questions[rank::world]
+        records = gather(list(answer(self.greedy, self.encode, mine, reward=self.config.reward)))
         return {f"eval_{name}": value for name, value in summarize([r for share in records for r in share]).items()}
 
 
@@ -591,8 +509,12 @@ def train(config: Config, out: Path, resume: bool, log: str | None) -> None:
     """Run `config.steps` iterations, or what is left of them, and export the model to `out`/model."""
     device = start_distributed()
     run = RunFolder(out, config, resume, log)
-    path, progress = newest_checkpoint(out / "checkpoints") if resume else (None, {"step": 0, "updates": 0})
-    if progress["step"] >= config.steps and (out / "model").is_dir():
+    found = [newest_checkpoint(out / "checkpoints") if resume and run.writes else (None, START)]
+    dist.broadcast_object_list(found)  # rank 0 chooses for all
+    path, progress = found[0]
+    if progress["step"] > config.steps:
+        raise ValueError(f"{out}: the run is at step {progress['step']}, past --steps {config.steps}; give another --out")
+    if progress["step"] == config.steps and (out / "model").is_dir():
         run.say(f"{out}: finished at step {progress['step']}; the model is {out / 'model'}")
         return
     trainer = Trainer(config, device)
@@ -608,7 +530,7 @@ def train(config: Config, out: Path, resume: bool, log: str | None) -> None:
         run.append("trajectories.jsonl", [{"step": step + 1} | dataclasses.asdict(e) for e in first_group])
         shown = ("reward", "search_rate", "format_rate", "f1", "grad_norm")
         run.say(f"step {step + 1:4d}  " + "  ".join(f"{name} {metrics[name]:.3f}" for name in shown))
-        bad_in_a_row = 0 if metrics["updates"] else bad_in_a_row + metrics["bad_updates"]
+        bad_in_a_row = bad_in_a_row + metrics["bad_updates"] if metrics["bad_updates"] else 0
         if bad_in_a_row >= MAX_BAD_STEPS:
             raise RuntimeError(f"step {step + 1}: {bad_in_a_row} updates in a row had a gradient that is not finite")
         progress = {"step": step + 1, "updates": progress["updates"] + metrics["updates"]}
@@ -626,15 +548,18 @@ def peak_memory_gib() -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    try:
+    with user_errors("train.py"):
         args, config = parse_arguments(argv)
         train(config, args.out, args.resume, args.log)
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        if "\n" in str(error):  # a library's, not ours: show where
-            traceback.print_exc()
-        print(f"train.py: {error}", file=sys.stderr, flush=True)
-        os._exit(2)  # not sys.exit: a rank that waits in a collective must not keep this one alive
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BaseException as error:
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+        elif not error.code:
+            raise
+        sys.stdout.flush()
+        os._exit(2 if isinstance(error, SystemExit) else 1)  # not sys.exit: another rank may wait in a collective for us

@@ -34,12 +34,16 @@ def make_episodes(groups: int, samples: int, seed: int = 0) -> list[Episode]:
 
 def main(model: str, out: str, case: str) -> None:
     device = train.start_distributed()
-    groups = {"many": 3, "one": 1}[case]
+    groups, budget = (1, 4096) if case == "one" else (3, 110)
     config = train.Config(
-        model=model, samples_per_prompt=3, prompts_per_step=groups, micro_batch_tokens=110 if case == "many" else 4096
+        model=model,
+        samples_per_prompt=3,
+        prompts_per_step=groups,
+        micro_batch_tokens=budget,
+        gradient_checkpointing=case == "checkpointing",
     )
     policy = train.load_policy(config, device)
-    batch = train.Batch(make_episodes(groups, 3), config, device)
+    batch = train.Batch(make_episodes(groups, 3), config, device, dist.get_rank(), dist.get_world_size(), dist.all_reduce)
     batch.prepare(policy, None)
     micro_batches = len(batch.plan(list(range(len(batch.episodes)))))
     batch.backward(policy, list(range(len(batch.episodes))))

@@ -14,7 +14,8 @@ PASSAGES = [
 
 
 def write(path, lines):
-    path.write_text("".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines))
+    text = "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in lines)
+    path.write_bytes(text.encode(errors="surrogateescape"))
     return path
 
 
@@ -47,6 +48,7 @@ def test_bm25_of_unknown_words_or_a_small_corpus():
         ([PASSAGES[0], {"id": "d", "title": "x"}], ":2: expected"),
         ([PASSAGES[0], PASSAGES[0]], ":2: id 'a' occurs twice"),
         (["[1]\n"], ":1: expected"),
+        (["\udcff\n"], ":1: expected"),  # not UTF-8
         ([], "it holds no"),
     ],
 )
@@ -69,13 +71,13 @@ def test_questions_in_both_formats(tmp_path):
         [
             {"id": 7, "question": " Who? ", "answers": ["A", "B"], "dataset": "d"},
             {"idx": 8, "question": "Is it?", "answer": True, "gen_text_store": ""},
-            {"idx": 9, "question": "Who?", "answer": ["A"]},
+            {"idx": 9, "question": "Who?", "answer": ["A", None, False]},
             {"idx": 10, "question": "Who?", "answer": "A"},
         ],
     )
     first, *others = read_questions(file)
     assert first == {"id": "7", "question": "Who?", "answers": ["A", "B"], "dataset": "d"}
-    assert [q["answers"] for q in others] == [["yes"], ["A"], ["A"]]
+    assert [q["answers"] for q in others] == [["yes"], ["A", "no"], ["A"]]
     assert {q["dataset"] for q in others} == {"hotpot"}
 
 
@@ -85,6 +87,8 @@ def test_questions_in_both_formats(tmp_path):
         {"id": 1, "question": "Who?"},
         {"id": 1, "question": "", "answers": ["a"]},
         {"id": 1, "question": "Who?", "answers": []},
+        {"id": 1, "question": "Who?", "answer": None},
+        {"question": "Who?", "answer": "a"},
     ],
 )
 def test_a_question_without_text_or_answer_is_refused(tmp_path, bad):

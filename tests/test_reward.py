@@ -78,6 +78,7 @@ def test_retrieved_text_cannot_change_the_reward():
         ("stage2", "no", 1, -2.0),
         ("stage2", "<answer> b </answer>", 1, -1.0),  # a right answer in a wrong format
         ("stage2_llama", "no", 1, -1.0),
+        ("stage2_llama", "</think> <answer> b 2 3 4 5 6 7 8 9 10 11 </answer>", 1, 2 / 12),
         ("stage2_em", GOOD.replace(" b <", " b c <"), 1, 0.0),
         ("stage2_cover_em", GOOD.replace(" b <", " b c <"), 1, 1.0),
         ("stage1_code", GOOD, 1, 2.0),
@@ -115,6 +116,11 @@ def test_punctuation_separates_words():
 def test_the_best_answer_counts():
     scores = judge([("policy", GOOD)], 1, ["x", "b", "b c"])
     assert scores["em"] == scores["f1"] == 1.0
+
+
+def test_an_answer_that_is_an_article_stays_an_answer():
+    """Else nothing would remain of the gold answer, and an empty prediction would match it."""
+    assert normalize("The A") == "the a" and exact_match("", "A") == cover_exact_match("", "A") == 0.0
 
 
 def test_extract_answer():

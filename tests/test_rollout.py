@@ -134,6 +134,13 @@ def test_episodes_are_drawn_lazily(scripted, tokenizer):
     assert len(list(running)) == 9 and len(drawn) == 10
 
 
+def test_no_episode_is_lost_when_those_before_it_cannot_even_start(scripted, tokenizer):
+    long, short = tokenizer.encode("Question: " * 50), tokenizer.encode("Question:")
+    rollout = Rollout(scripted([TELL]), tokenizer, None, TAGS, Limits(max_context=100))
+    finished = list(rollout.run([Episode({}, long) for _ in range(5)] + [Episode({}, short)], max_running=2))
+    assert [e.finish_reason for e in finished] == ["length"] * 5 + ["answer"]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Text to ids
 

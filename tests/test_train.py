@@ -87,7 +87,7 @@ def test_the_presets_hold_the_papers_values():
         assert (config.max_context, config.algorithm, config.updates_per_rollout) == (29_000, "reinforce++", 4)
     assert [c.prompts_per_step for c in (*qwen.values(), *llama.values())] == [64, 64, 15, 65]
     assert [c.kl_coef for c in (*qwen.values(), *llama.values())] == [0, 0, 1e-4, 1e-4]
-    assert [c.reward for c in (*qwen.values(), *llama.values())] == ["stage1", "stage2", "stage1", "stage2_llama"]
+    assert [c.reward for c in (*qwen.values(), *llama.values())] == ["stage1", "stage2", "stage1", "stage2"]
 
 
 @pytest.mark.parametrize(
@@ -97,6 +97,8 @@ def test_the_presets_hold_the_papers_values():
         (["--temperature", "0"], "--temperature"),
         (["--kl_coef", "-1"], "--kl_coef"),
         (["--sampler_clip", "0.5"], "--sampler_clip"),
+        (["--max_searches", "-1"], "--max_searches"),
+        (["--eval_every", "-1"], "--eval_every"),
         (["--samples_per_prompt", "1"], "--samples_per_prompt"),
         (["--updates_per_rollout", "99"], "--updates_per_rollout"),
         (["--eval_every", "2"], "--eval_questions"),
@@ -190,7 +192,7 @@ def test_the_gradient_is_that_of_the_formula(model_folder, device):
     assert_same(got, [p.grad for p in model.parameters()], 1e-5)
 
 
-@pytest.mark.parametrize("case", ["many", "one"])
+@pytest.mark.parametrize("case", ["many", "one", "checkpointing"])
 def test_one_rank_and_two_ranks_give_the_same_gradients(case, model_folder, tmp_path):
     """The same global batch; with an odd number of micro-batches, and with a rank that has none."""
     results = []
@@ -252,13 +254,24 @@ def test_two_identical_runs_give_identical_metrics_and_resume_continues_the_numb
 
 
 def test_a_run_folder_is_never_overwritten(world):
-    train.train(dataclasses.replace(world, steps=1), Path("a"), False, None)
+    world_of_one_step = dataclasses.replace(world, steps=1)
+    train.train(world_of_one_step, Path("a"), False, None)
     before = Path("a/metrics.jsonl").read_bytes()
     with pytest.raises(ValueError, match="--resume"):
         train.train(world, Path("a"), False, None)
     with pytest.raises(ValueError, match=r"--clip_eps 0\.2, not 0\.5"):
         train.train(dataclasses.replace(world, clip_eps=0.5), Path("a"), True, None)
-    assert Path("a/metrics.jsonl").read_bytes() == before
+    with pytest.raises(ValueError, match="past --steps 1"):
+        train.train(dataclasses.replace(world, steps=2), Path("a"), True, None)
+        train.train(world_of_one_step, Path("a"), True, None)
+    assert Path("a/metrics.jsonl").read_bytes().startswith(before)
+
+
+def test_a_start_that_failed_does_not_occupy_the_folder(world):
+    with pytest.raises(FileNotFoundError):
+        train.train(dataclasses.replace(world, questions="nowhere.jsonl"), Path("a"), False, None)
+    train.train(dataclasses.replace(world, steps=1), Path("a"), False, None)
+    assert len(metrics_of("a")) == 1
 
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(world, capsys):

@@ -256,11 +256,7 @@ def _repack_tied_head(model) -> None:
 class VLLMEngine:
     """vLLM in this process, one engine a rank, on GPU or CPU.
 
-    Args:
-        model: Hugging Face folder.
-        max_context: longest sequence in tokens.
-        gpu_memory_utilization: share of the GPU for weights and KV cache while the engine is awake.
-        dtype: of weights and activations.
+    `gpu_memory_utilization` is the share of the GPU for weights and KV cache while the engine is awake.
     """
 
     def __init__(self, model: str, max_context: int, gpu_memory_utilization: float = 0.6, dtype: str = "bfloat16"):
@@ -292,8 +288,7 @@ class VLLMEngine:
         self.engine = self.llm.llm_engine
 
     def submit(self, key, token_ids, *, max_tokens, stop, temperature, seed):
-        from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, SamplingParams
 
         params = SamplingParams(
             max_tokens=max_tokens,
@@ -313,8 +308,8 @@ class VLLMEngine:
             output = request.outputs[0]
             log_probs = [step[token].logprob for token, step in zip(output.token_ids, output.logprobs, strict=True)]
             # a stop string is reported as itself, EOS as None and a further EOS of the generation config as its id
-            stop = output.stop_reason if isinstance(output.stop_reason, str) else "eos"
-            stop = None if output.finish_reason == "length" else stop
+            ended_by = output.stop_reason if isinstance(output.stop_reason, str) else "eos"
+            stop = None if output.finish_reason == "length" else ended_by
             completions.append(Completion(int(request.request_id), list(output.token_ids), log_probs, stop))
         return completions
 
@@ -368,8 +363,8 @@ class TransformersEngine:
         """Sample one token for every running sequence."""
         with self.torch.no_grad():
             finished = {key: stop for key, s in self.running.items() if (stop := self._sample(s)) is not False}
-        done = {key: self.running.pop(key) for key in finished}
-        return [Completion(key, s["token_ids"], s["log_probs"], finished[key]) for key, s in done.items()]
+        done = [(key, stop, self.running.pop(key)) for key, stop in finished.items()]
+        return [Completion(key, s["token_ids"], s["log_probs"], stop) for key, stop, s in done]
 
     def _sample(self, s: dict[str, Any]) -> str | bool | None:
         """Append one token; the completion's `stop` if that ends the sequence, else False."""

@@ -154,8 +154,7 @@ class Rollout:
         searching: dict[Future, list[Episode]] = {}  # in the order of submission
         key = 0
         while True:
-            under_way = len(decoding) + sum(map(len, searching.values()))
-            ready = list(islice(waiting, max_running - under_way))
+            ready = list(islice(waiting, max_running - len(decoding) - sum(map(len, searching.values()))))
             for episode in ready:
                 episode.add("prompt", episode.prompt_ids, self.tokenizer.decode(episode.prompt_ids))
             for future in self._arrived(searching, wait_for_one=not decoding and not ready):

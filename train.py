@@ -114,6 +114,7 @@ _DEMO = dict(
     max_context=768,
     micro_batch_tokens=2048,
     gradient_checkpointing=False,
+    save_every=4,
 )
 _LLAMA = dict(model="meta-llama/Llama-3.1-8B-Instruct", prompt_file="chat", kl_coef=1e-4)
 _STAGE_1 = dict(questions="data/stage_1.jsonl", reward="stage1", steps=6)  # one pass over 350 questions

@@ -14,6 +14,11 @@ from reward import FORMAT_RULES, METRICS, PROMPTS, TAGS, judge, load_prompt
 from rollout import Episode, Limits, Rollout, derive_seed, make_engine, prompt_encoder
 
 
+def grade(episode: Episode, reward: str) -> None:
+    """Judge a finished episode, in training and in evaluation alike."""
+    episode.rewards = judge(episode.segments, len(episode.queries), episode.question["answers"], reward)
+
+
 def record(episode: Episode) -> dict:
     """One line of `transcripts.jsonl`; the episode must have been judged."""
     return {
@@ -61,7 +66,7 @@ def answer(rollout: Rollout, encode, questions: list[dict], seed: int = 0, rewar
     """Roll the questions out and yield a judged record for each as it finishes."""
     episodes = (Episode(q, encode(q["question"]), seed=derive_seed(seed, i)) for i, q in enumerate(questions))
     for episode in rollout.run(episodes):
-        episode.rewards = judge(episode.segments, len(episode.queries), episode.question["answers"], reward)
+        grade(episode, reward)
         yield record(episode)
 
 

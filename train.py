@@ -35,10 +35,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from evaluate import answer, record, summarize
+from evaluate import answer, grade, record, summarize
 from reinforce_pp import ALGORITHMS, Batch, Policy
 from retriever import open_retriever, read_questions, user_errors, write_jsonl
-from reward import PROMPTS, REWARDS, TAGS, judge, load_prompt
+from reward import PROMPTS, REWARDS, TAGS, load_prompt
 from rollout import Episode, Limits, Rollout, derive_seed, make_engine, prompt_encoder
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -351,7 +351,7 @@ def roll_out(rollout: Rollout, encode: Callable, questions: list[dict], config: 
     for _ in tqdm(rollout.run(mine), "rollout", len(mine), unit="episode", leave=False, disable=rank > 0):
         pass
     for episode in mine:
-        episode.rewards = judge(episode.segments, len(episode.queries), episode.question["answers"], config.reward)
+        grade(episode, config.reward)
     shares = gather(mine)
     groups = [(number % world, number // world * samples) for number in range(len(questions))]
     return [episode for rank, start in groups for episode in shares[rank][start : start + samples]]

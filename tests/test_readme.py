@@ -42,6 +42,17 @@ def test_every_command_parses(command, monkeypatch, model_folder):
         assert (ROOT / words[script]).exists()
 
 
+def test_the_demo_evaluates_with_the_limits_it_trains_with():
+    """They stand in the preset and in the Makefile; in the official code training and evaluation drifted apart."""
+    lines = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    commands = [shlex.split(line)[2:] for line in lines if "evaluate.py run" in line]
+    assert len(commands) == 3
+    for command in commands:
+        args = evaluate.parse_arguments(command)
+        for name in ("documents_per_search", "max_searches", "max_turn_tokens", "max_context", "prompt_file"):
+            assert getattr(args, name) == train.PRESETS["demo"][1][name] == train.PRESETS["demo"][2][name]
+
+
 def test_there_are_commands():
     assert len(COMMANDS) > 8
 

@@ -1,4 +1,8 @@
-"""Questions and corpora. `python data_prep.py demo` makes the demo's: a model, a world to search in, questions about it.
+"""Questions and corpora.
+
+    python data_prep.py kilt --source kilt_knowledgesource.json --out data/passages.jsonl      # the paper's corpus
+    python data_prep.py corpus --format wiki-18 --source wiki-18.jsonl --out data/passages.jsonl
+    python data_prep.py demo                           # the demo's model, a world to search in, questions about it
 
 The demo world is fictional: people, places, companies and works whose every fact is drawn at random, so that no answer
 can be known without searching. Its strings (given names, towns, trades) are short and common, so that a small model can
@@ -7,15 +11,28 @@ holds the passages of both.
 """
 
 import argparse
+import bz2
+import csv
+import gzip
+import json
+import multiprocessing
+import os
 import random
 import subprocess
 import sys
 import tempfile
+import threading
 import zipfile
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
 
-from retriever import user_errors, write_jsonl
+from tqdm import tqdm
+
+from retriever import Passage, parse_passage, user_errors, write_jsonl, write_text
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The demo world's words
@@ -208,19 +225,152 @@ def make_demo(out: Path, seed: int) -> None:
     print(f"{out / 'model'}: SmolLM2-135M-Instruct")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Corpora: a line of a published file, and its number, to passages
+
+
+def kilt_passages(line: bytes, number: int) -> list[Passage]:
+    """A KILT article in passages of 100 words, as in the official split: paragraphs joined, two markers removed."""
+    article = json.loads(line)
+    words = "".join(article["text"]).replace("BULLET::::", "").replace("Section::::", "").split()
+    name, title = article.get("wikipedia_id", number), article["wikipedia_title"]
+    return [
+        {"id": f"{name}-{n}", "title": title, "text": " ".join(words[start : start + 100])}
+        for n, start in enumerate(range(0, len(words), 100))
+    ]
+
+
+def wiki18_passages(line: bytes, number: int) -> list[Passage]:
+    """Search-R1's corpus, or any in our own format."""
+    return [parse_passage(json.loads(line))]
+
+
+def dpr_passages(line: bytes, number: int) -> list[Passage]:
+    """DPR's psgs_w100.tsv: id, text, title, with a header."""
+    (row,) = csv.reader([line.decode()], delimiter="\t")
+    name, text, title = row
+    return [] if row == ["id", "text", "title"] else [{"id": name, "title": title, "text": text}]
+
+
+def hotpotqa_passages(line: bytes, number: int) -> list[Passage]:
+    """An abstract of HotpotQA's Wikipedia: one passage of all its sentences."""
+    abstract = json.loads(line)
+    text = " ".join("".join(abstract["text"]).split())
+    return [{"id": str(abstract["id"]), "title": abstract["title"], "text": text}] if text else []
+
+
+FORMATS = {"kilt": kilt_passages, "wiki-18": wiki18_passages, "dpr": dpr_passages, "hotpotqa": hotpotqa_passages}
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open}
+
+
+def convert(format: str, path: Path, number: int, lines: list[bytes]) -> tuple[bytes, int]:
+    """JSONL of the passages of these lines, and how many; `number`: of the first line in its file."""
+    passages = []
+    for n, line in enumerate(lines, number):
+        try:
+            passages += FORMATS[format](line, n) if line.strip() else []
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"{path}:{n}: not a line of the format {format}, {error!r}") from None
+    return "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in passages).encode(errors="replace"), len(passages)
+
+
+def source_files(source: Path) -> list[Path]:
+    return sorted(path for path in source.rglob("*") if path.is_file()) if source.is_dir() else [source]
+
+
+def chunks(source: Path, bar: tqdm) -> Iterator[tuple[Path, int, list[bytes]]]:
+    """About 1 MiB of lines at a time, with their file and the number of the first."""
+    for path in source_files(source):
+        number, before = 1, bar.n
+        with open(path, "rb") as raw, OPENERS.get(path.suffix, nullcontext)(raw) as file:
+            while lines := file.readlines(1 << 20):
+                yield path, number, lines
+                number += len(lines)
+                bar.update(before + raw.tell() - bar.n)
+
+
+def end_with_parent() -> None:
+    """The workers of a conversion that is killed would wait for work for ever."""
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def make_corpus(source: Path, out: Path, format: str, workers: int) -> None:
+    """Write the passages of `source` to `out`, on several processes and in constant memory.
+
+    Every 64 chunks what is written is synced and noted in `out`.progress; a later call goes on from there to the same bytes.
+
+    Raises:
+        ValueError: a line is not in the format, `out` is there, or its beginning is of another source.
+    """
+    partial, note = out.with_name(out.name + ".partial"), out.with_name(out.name + ".progress")
+    size = sum(file.stat().st_size for file in source_files(source))
+    origin = {"source": str(source.resolve()), "format": format, "size": size}
+    done = {"origin": origin, "chunks": 0, "bytes": 0, "passages": 0}
+    if out.exists():
+        raise ValueError(f"{out} is there already; remove it to make it again")
+    if note.exists() and partial.exists():
+        done = json.loads(note.read_text())
+        if done["origin"] != origin or partial.stat().st_size < done["bytes"]:
+            raise ValueError(f"{note}: begun from {done['origin']}, not from {origin}; remove it to begin again")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    bar = tqdm(total=size, desc=str(out), unit="B", unit_scale=True, mininterval=1)
+    with open(partial, "ab") as file, bar, ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
+        file.truncate(done["bytes"])
+        running: deque[Future] = deque()
+
+        def write_first() -> None:
+            try:
+                text, count = running.popleft().result()
+            except ValueError as error:
+                raise ValueError(str(error)) from None  # as ours: it was raised in another process
+            file.write(text)
+            done.update(chunks=done["chunks"] + 1, bytes=done["bytes"] + len(text), passages=done["passages"] + count)
+            if done["chunks"] % 64 == 0:
+                file.flush()
+                os.fsync(file.fileno())
+                write_text(note, json.dumps(done))
+
+        for chunk in islice(chunks(source, bar), done["chunks"], None):
+            running.append(pool.submit(convert, format, *chunk))
+            if len(running) > 2 * workers:  # so many chunks are in memory at most
+                write_first()
+        while running:
+            write_first()
+    if not done["passages"]:
+        raise ValueError(f"{source}: it holds no line of the format {format}")
+    partial.rename(out)
+    note.unlink(missing_ok=True)
+    print(f"{out}: {done['passages']} passages")
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="the demo's model, passages and questions")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder to fill")
     demo.add_argument("--seed", type=int, default=0, help="of the world")
+    kilt = commands.add_parser("kilt", help="KILT's knowledge source in passages of 100 words")
+    corpus = commands.add_parser("corpus", help="other published corpora to passages")
+    corpus.add_argument(
+        "--format", choices=FORMATS, required=True, help="wiki-18: Search-R1's; dpr: psgs_w100.tsv; hotpotqa: its abstracts"
+    )
+    kilt.set_defaults(format="kilt")
+    for command in (kilt, corpus):
+        command.add_argument("--source", type=Path, required=True, help="file (also .gz, .bz2) or a folder of such files")
+        command.add_argument(
+            "--out", type=Path, required=True, help="passage file to write; an interrupted call is gone on with"
+        )
+        command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     with user_errors("data_prep.py"):
-        make_demo(args.out, args.seed)
+        if args.command == "demo":
+            make_demo(args.out, args.seed)
+        else:
+            make_corpus(args.source, args.out, args.format, args.workers)
 
 
 if __name__ == "__main__":

@@ -154,7 +154,7 @@ def add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
     """What a rollout needs: model, retriever, prompt, limits."""
     add = parser.add_argument
     add("--model", required=True, help="Hugging Face folder")
-    add("--retriever", required=True, help="passage file (JSONL)")
+    add("--retriever", required=True, help="passage file (JSONL), index folder, search server URL or web:PROVIDER")
     add("--prompt_file", default="base", help=f"one of {', '.join(PROMPTS)}, or a text file with {{question}} in it")
     add("--engine", default="vllm", choices=["vllm", "transformers"])
     add("--gpu_memory_utilization", type=float, default=0.9, help="the engine's share of the GPU")

@@ -1,23 +1,48 @@
-"""Search engines for the policy: `search(queries, k)` gives each query its k best passages.
+"""Search engines for the policy: `search(queries, k)` gives each query its k best passages, best first.
 
-A passage is `{"id", "title", "text"}`. Every backend is thread-safe and returns one list a query, best first.
+`open_retriever` opens what `--retriever` names: a passage file (JSONL), an index folder, a search server or `web:serper`.
+A passage is `{"id", "title", "text"}`, with a `score` where the backend has one. Every backend is thread-safe.
+
+    python retriever.py index --kind bm25 --corpus passages.jsonl --out index      # once; then, as often as wanted:
+    python retriever.py search --index index "a query"
+    python retriever.py serve --index index --port 8000                            # --retriever http://127.0.0.1:8000
 """
 
 import argparse
+import asyncio
+import atexit
+import hashlib
+import html
 import json
+import os
 import re
+import shutil
+import signal
+import socket
+import sqlite3
 import sys
+import threading
+import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from array import array
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, contextmanager
+from datetime import timedelta
+from itertools import islice
 from pathlib import Path
-from typing import Protocol, TypedDict
+from typing import NamedTuple, NotRequired, Protocol, TypedDict
+from urllib.parse import urlsplit
+
+import numpy as np
+from tqdm import tqdm
 
 
 class Passage(TypedDict):
     id: str
     title: str
     text: str
+    score: NotRequired[float]
 
 
 class Retriever(Protocol):
@@ -28,34 +53,53 @@ class Retriever(Protocol):
 # Files: one JSON object a line
 
 
-def read_jsonl(path: str | Path, parse: Callable[[dict], dict], expected: str) -> list[dict]:
-    """The records of a JSONL file, each through `parse`, with an `id` that is theirs alone.
+def scan_jsonl(path: str | Path, parse: Callable[[dict], dict], expected: str) -> Iterator[tuple[int, dict]]:
+    """Stream a JSONL file of any size: where each line begins, in bytes, and its record, through `parse`.
+
+    Memory: 8 bytes a record, to see that every `id` is there once.
 
     Raises:
         ValueError: names the file, the line and what is wrong (not JSON, not `expected`, an id twice, no record at all).
     """
-    records, seen = [], set()
+    ids, begin = array("q"), 0
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = parse(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(f"{path}:{number}: expected {expected}, got {error!r}") from None
-            if record["id"] in seen:
-                raise ValueError(f"{path}:{number}: id {record['id']!r} occurs twice")
-            seen.add(record["id"])
-            records.append(record)
-    if not records:
+            if line.strip():
+                try:
+                    record = parse(json.loads(line))
+                except (ValueError, KeyError, TypeError, AttributeError) as error:
+                    raise ValueError(f"{path}:{number}: expected {expected}, got {error!r}") from None
+                ids.append(hash(record["id"]))
+                yield begin, record
+            begin += len(line)
+    if not ids:
         raise ValueError(f"{path}: it holds no {expected}")
-    return records
+    hashes = np.frombuffer(ids, np.int64)
+    hashes.sort()
+    if twice := set(hashes[1:][hashes[1:] == hashes[:-1]].tolist()):  # to be looked at: equal hashes may be of different ids
+        seen = set()
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip() and hash(name := parse(json.loads(line))["id"]) in twice:
+                    if name in seen:
+                        raise ValueError(f"{path}:{number}: id {name!r} occurs twice")
+                    seen.add(name)
+
+
+def read_jsonl(path: str | Path, parse: Callable[[dict], dict], expected: str) -> list[dict]:
+    """All records of a JSONL file; errors as in `scan_jsonl`."""
+    return [record for _, record in scan_jsonl(path, parse, expected)]
 
 
 def write_jsonl(path: Path, records: list[dict]) -> None:
     """Write beside and rename, so that a file that exists is whole."""
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write beside and rename, so that a file that exists is whole."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
     partial.rename(path)
 
 
@@ -72,9 +116,39 @@ def user_errors(program: str) -> Iterator[None]:
         sys.exit(2)
 
 
+@contextmanager
+def whole(path: str | Path) -> Iterator[None]:
+    """What a library cannot read is named."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path}: damaged or of another version ({str(error).splitlines()[0]}); build it again") from None
+
+
+def clean(text: str) -> str:
+    """Lone surrogates, which JSON can carry and neither UTF-8 nor a tokenizer can, become question marks."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+def parse_passage(record: dict) -> Passage:
+    """Our own format, or that of the wiki-18 corpus: `{"id", "contents": "\"title\"\ntext"}`."""
+    if "contents" in record:
+        title, _, text = record["contents"].partition("\n")
+        record = {"id": record["id"], "title": title.removeprefix('"').removesuffix('"'), "text": text}
+    return {key: clean(str(record[key])) for key in ("id", "title", "text")}
+
+
+PASSAGE = '{"id", "title", "text"}'
+
+
+def scan_passages(path: str | Path) -> Iterator[tuple[int, Passage]]:
+    """Stream the passages of a JSONL file with progress; items and errors as in `scan_jsonl`."""
+    return tqdm(scan_jsonl(path, parse_passage, PASSAGE), desc=f"reading {path}", unit=" passages", delay=2, mininterval=1)
+
+
 def read_passages(path: str | Path) -> list[Passage]:
-    """Passages of a JSONL file; errors as in `read_jsonl`."""
-    return read_jsonl(path, lambda r: {key: str(r[key]) for key in ("id", "title", "text")}, '{"id", "title", "text"}')
+    """Passages of a JSONL file; errors as in `scan_jsonl`."""
+    return [passage for _, passage in scan_passages(path)]
 
 
 def read_questions(path: str | Path) -> list[dict]:
@@ -99,10 +173,6 @@ def read_questions(path: str | Path) -> list[dict]:
     return read_jsonl(path, parse, '{"id", "question", "answers"}')
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Backends
-
-
 def tokenize(text: str) -> list[str]:
     """Lower-case words; the same for passages and queries."""
     return re.findall(r"\w+", text.lower())
@@ -124,29 +194,683 @@ class BM25:
     def _search_one(self, query: str, k: int) -> list[Passage]:
         scores = self.index.get_scores(tokenize(query))
         order = (-scores).argsort(kind="stable")[:k]
-        return [self.passages[i] for i in order]
+        return [self.passages[i] | {"score": float(scores[i])} for i in order]
 
 
-def open_retriever(source: str) -> Retriever:
-    """The retriever that `--retriever` names: a passage file (JSONL).
+# left out of queries: most of a search's time is spent on them, and recall is the same without (RESULTS.md)
+STOP_WORDS = """
+    a also an and are as at be been but by did do does for from had has have he her his how if in into is it its no not of
+    on or she such that the their then there these they this to was were what when where which who whom whose why will with
+""".split()
+
+
+class TantivyBM25:
+    """Okapi BM25 (k1 = 1.2, b = 0.75) over title and text with tantivy: built in a stream, searched where it lies on disk.
+
+    Every word is indexed; a query leaves its stop words out, unless it has no others.
+    """
+
+    def __init__(self, index):
+        import tantivy
+
+        self.tantivy, self.schema, self.searcher = tantivy, index.schema, index.searcher()
+        self.words, self.content_words = self._analyzer(), self._analyzer(tantivy.Filter.custom_stopword(STOP_WORDS))
+        self._pool = ThreadPoolExecutor(thread_name_prefix="bm25")  # tantivy searches without the interpreter's lock
+
+    @staticmethod
+    def _analyzer(*filters):
+        import tantivy
+
+        builder = tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.simple())
+        for each in (tantivy.Filter.remove_long(64), tantivy.Filter.lowercase(), *filters):
+            builder = builder.filter(each)
+        return builder.build()
+
+    @classmethod
+    def build(cls, passages: Iterable[Passage], folder: Path | None = None) -> "TantivyBM25":
+        """Index passages as they come, into a folder or, without one, in memory; the writer holds at most 256 MB of them."""
+        import tantivy
+
+        schema = tantivy.SchemaBuilder().add_text_field("words", tokenizer_name="words", index_option="freq")
+        schema = schema.add_unsigned_field("row", fast=True).add_bytes_field("passage", stored=True).build()
+        index = tantivy.Index(schema, path=folder and str(folder))
+        index.register_tokenizer("words", cls._analyzer())
+        writer = index.writer(heap_size=256 << 20, num_threads=min(8, os.cpu_count()))
+        for row, passage in enumerate(passages):
+            document = tantivy.Document()
+            document.add_text("words", f"{passage['title']} {passage['text']}")
+            document.add_unsigned("row", row)
+            document.add_bytes("passage", json.dumps(passage, ensure_ascii=False).encode())
+            writer.add_document(document)
+        writer.commit()
+        writer.wait_merging_threads()
+        index.reload()
+        return cls(index)
+
+    @classmethod
+    def open(cls, folder: Path) -> "TantivyBM25":
+        import tantivy
+
+        with whole(folder):
+            return cls(tantivy.Index.open(str(folder)))
+
+    def search(self, queries: list[str], k: int) -> list[list[Passage]]:
+        """The k best passages of each query, ties in corpus order; fewer where fewer share a word with the query."""
+        return list(self._pool.map(lambda query: self._search_one(query, k), queries))
+
+    def _search_one(self, query: str, k: int) -> list[Passage]:
+        query, terms = clean(query), []
+        for word in self.content_words.analyze(query) or self.words.analyze(query):
+            terms.append((self.tantivy.Occur.Should, self.tantivy.Query.term_query(self.schema, "words", word, "freq")))
+        query, limit = self.tantivy.Query.boolean_query(terms), k + 1
+        while True:  # until the k-th best ties with none that was left out: which of them come first is the writer's chance
+            hits = self.searcher.search(query, limit, count=False).hits
+            if len(hits) < limit or hits[-1][0] < hits[k - 1][0] - 1e-4:
+                break
+            limit *= 8
+        rows = self.searcher.fast_field_values("row", [address for _, address in hits])
+        best = sorted(zip(hits, rows, strict=True), key=lambda item: (-round(item[0][0], 4), item[1]))[:k]
+        return [json.loads(self.searcher.doc(address)["passage"][0]) | {"score": score} for (score, address), _ in best]
+
+
+# What an encoder wants before a query and before a passage where its folder does not say, by part of its name (model cards)
+PREFIXES = {"bge": ("Represent this sentence for searching relevant passages: ", ""), "e5": ("query: ", "passage: ")}
+
+
+class Encoder:
+    """Texts to unit vectors, with sentence-transformers; the model's folder says how to pool (BGE: CLS, E5: mean)."""
+
+    def __init__(self, model: str):
+        import torch
+        from sentence_transformers import SentenceTransformer
+
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        try:
+            self.model = SentenceTransformer(model, device=device)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{model}: no encoder there ({str(error).splitlines()[0]})") from None
+        if device != "cpu":
+            self.model.half()
+        family = next((name for name in PREFIXES if name in Path(model).name.lower()), None)
+        if family and not any(self.model.prompts.values()):
+            self.model.prompts = dict(zip(("query", "document"), PREFIXES[family], strict=True))
+        self._lock = threading.Lock()  # a fast tokenizer refuses to serve two threads at once
+
+    def queries(self, queries: list[str]) -> np.ndarray:
+        """(N, D) float32."""
+        with self._lock:
+            return self.model.encode_query([clean(q) for q in queries], normalize_embeddings=True, show_progress_bar=False)
+
+    def passages(self, passages: list[Passage]) -> np.ndarray:
+        """(N, D) float32; batches of like length."""
+        texts = [f"{p['title']} {p['text']}" for p in passages]
+        return self.model.encode_document(texts, normalize_embeddings=True, show_progress_bar=True, batch_size=64)
+
+
+class PassageFile:
+    """Passages of a JSONL file by row, read when asked for. `rows`: the byte where each line begins, and the file's end."""
+
+    def __init__(self, path: str | Path, rows: Path):
+        self.file, self.rows = os.open(path, os.O_RDONLY), np.load(rows, mmap_mode="r")
+
+    def __len__(self) -> int:
+        return len(self.rows) - 1
+
+    def __getitem__(self, row: int) -> Passage:
+        begin, end = map(int, self.rows[row : row + 2])
+        return parse_passage(json.loads(os.pread(self.file, end - begin, begin)))
+
+
+class Dense:
+    """Inner product of unit vectors with faiss, memory-mapped.
+
+    Args:
+        passages: row by row those of the index.
+        index: file that faiss wrote.
+        encoder: model of the queries, the one that made the index.
+    """
+
+    def __init__(self, passages: PassageFile, index: Path, encoder: str):
+        import faiss
+
+        with whole(index):
+            self.index = faiss.read_index(str(index), faiss.IO_FLAG_MMAP_IFC)
+        self.passages, self.encoder = passages, Encoder(encoder)
+        rows, dim = len(passages), self.encoder.model.get_embedding_dimension()
+        if (self.index.ntotal, self.index.d) != (rows, dim):
+            mismatch = (
+                f"{self.index.ntotal} vectors of size {self.index.d}, but {rows} passages and an encoder of size {dim}"
+            )
+            raise ValueError(f"{index}: {mismatch}")
+
+    def search(self, queries: list[str], k: int) -> list[list[Passage]]:
+        """The k nearest passages of each query; an approximate index may find fewer."""
+        scores, rows = self.index.search(self.encoder.queries(queries), k)
+        found = [[(s, r) for s, r in zip(*each, strict=True) if r >= 0] for each in zip(scores, rows, strict=True)]
+        return [[self.passages[int(row)] | {"score": float(score)} for score, row in each] for each in found]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Search over HTTP
+
+
+class Remote:
+    """A search server: ours, or one of the two shapes in the field. The URL's path says which (SHAPES)."""
+
+    def __init__(self, url: str):
+        import requests
+
+        path = urlsplit(url).path.rstrip("/")
+        self.url, self.shape = (url, SHAPES[path]) if path in SHAPES else (url.rstrip("/") + "/search", SHAPES["/search"])
+        self.session = requests.Session()
+
+    def search(self, queries: list[str], k: int) -> list[list[Passage]]:
+        """The server's results, at most k a query.
+
+        Raises:
+            RuntimeError: the server did not answer, or not in its shape.
+        """
+        results = []
+        for start in range(0, len(queries), MAX_QUERIES):
+            asked = queries[start : start + MAX_QUERIES]
+            answer = fetch(self.session, "POST", self.url, json=self.shape.ask(asked, k))
+            with shape_of(self.url):
+                hits = self.shape.read(answer)
+                if len(hits) != len(asked):
+                    raise ValueError(f"{len(hits)} results for {len(asked)} queries")
+                results += [[read_hit(hit) for hit in each[:k]] for each in hits]
+        return results
+
+
+def read_hit(hit: dict) -> Passage:
+    return parse_passage(hit) | ({"score": float(hit["score"])} if hit.get("score") is not None else {})
+
+
+WAITS = (0, 1, 2, 4, 8, 16)  # seconds before a request is sent again
+
+
+def fetch(session, method: str, url: str, **request) -> dict:
+    """The JSON that a server answers, of whom much is forgiven: silence, half an answer, 429 and 5xx are tried again.
+
+    Raises:
+        RuntimeError: after the last try, in one line without the request's headers.
+    """
+    import requests
+
+    for wait in (*WAITS, None):
+        try:
+            response = session.request(method, url, timeout=(5, 60), **request)
+            if response.status_code == 200:
+                return response.json()
+            failure = f"status {response.status_code}: {response.text[:200]!r}"
+            if response.status_code not in (429, 500, 502, 503, 504):
+                break
+            after = response.headers.get("Retry-After", "")
+            wait = max(wait, int(after)) if wait is not None and after.isdigit() else wait
+        except requests.exceptions.JSONDecodeError:
+            failure = f"not JSON: {response.text[:200]!r}"
+        except requests.exceptions.RequestException as error:
+            failure = f"no answer ({type(error).__name__})"
+        if wait is not None:
+            time.sleep(wait)
+    raise RuntimeError(f"{url}: {failure}")
+
+
+@contextmanager
+def shape_of(url: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RuntimeError(f"{url}: an answer of another shape than expected ({error!r})") from None
+
+
+class Provider(NamedTuple):
+    url: str
+    key: str  # the environment variable that holds it
+    rate: float  # requests per second, of the smallest plan
+    ask: Callable[[str, int, str], dict]  # (query, k, key) to what requests sends
+    read: Callable[[dict], list[tuple]]  # answer to (address, title, snippet) of each hit
+
+
+PROVIDERS = {
+    "serper": Provider(  # Google's results
+        "https://google.serper.dev/search",
+        "SERPER_API_KEY",
+        5,
+        lambda query, k, key: {"method": "POST", "json": {"q": query, "num": k}, "headers": {"X-API-KEY": key}},
+        lambda answer: [(hit["link"], hit["title"], hit.get("snippet", "")) for hit in answer.get("organic", [])],
+    ),
+    "brave": Provider(  # takes 400 characters and gives 20 hits at most
+        "https://api.search.brave.com/res/v1/web/search",
+        "BRAVE_API_KEY",
+        1,
+        lambda query, k, key: {
+            "method": "GET",
+            "params": {"q": query[:400], "count": min(k, 20), "text_decorations": "false"},
+            "headers": {"X-Subscription-Token": key},
+        },
+        lambda answer: [(h["url"], h["title"], h.get("description", "")) for h in answer.get("web", {}).get("results", [])],
+    ),
+}
+
+
+class Web:
+    """A web search engine: title and snippet of each hit, as a passage. What was asked once is answered from disk.
+
+    Args:
+        provider: a name in PROVIDERS; its key comes from the environment.
+        rate: requests per second at most; by default the provider's.
+        cache: SQLite file.
+        url: instead of the provider's own.
+    """
+
+    def __init__(self, provider: str, rate: float | None = None, cache: Path | None = None, url: str | None = None):
+        import requests
+
+        if provider not in PROVIDERS:
+            raise ValueError(f"web:{provider}: the providers are {', '.join(PROVIDERS)}")
+        self.name, self.provider, self.url = provider, PROVIDERS[provider], url or PROVIDERS[provider].url
+        if not os.environ.get(self.provider.key):
+            raise ValueError(f"web:{provider}: set {self.provider.key} in the environment")
+        self.interval, self.free_at = 1 / (rate or self.provider.rate), 0.0  # seconds; on time.monotonic's clock
+        self.session, self._lock = requests.Session(), threading.Lock()
+        cache = cache or Path.home() / ".cache" / "nanosearcher" / "web.sqlite"
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        self.cache = sqlite3.connect(cache, timeout=60, check_same_thread=False, isolation_level=None)
+        self.cache.execute("CREATE TABLE IF NOT EXISTS hits (provider, query, k, hits, PRIMARY KEY (provider, query, k))")
+
+    def search(self, queries: list[str], k: int) -> list[list[Passage]]:
+        """The first k hits of each query; errors as in `Remote.search`."""
+        return [self._search_one(clean(query), k) for query in queries]
+
+    def _search_one(self, query: str, k: int) -> list[Passage]:
+        key = (self.name, query, k)
+        with self._lock:
+            row = self.cache.execute("SELECT hits FROM hits WHERE (provider, query, k) = (?, ?, ?)", key).fetchone()
+        if row is None:
+            with self._lock:
+                self.free_at = max(self.free_at + self.interval, time.monotonic())
+                mine = self.free_at
+            time.sleep(max(0.0, mine - time.monotonic()))
+            answer = fetch(self.session, url=self.url, **self.provider.ask(query, k, os.environ[self.provider.key]))
+            with shape_of(self.url):
+                hits = [[html.unescape(" ".join(str(part).split())) for part in hit] for hit in self.provider.read(answer)]
+            row = (json.dumps([dict(zip(("id", "title", "text"), hit, strict=True)) for hit in hits]),)
+            with self._lock:
+                self.cache.execute("INSERT OR REPLACE INTO hits VALUES (?, ?, ?, ?)", key + row)
+        return [parse_passage(hit) for hit in json.loads(row[0])][:k]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Index folders: index.json (made of what, and how) with tantivy/, or with rows.npy, vectors-*.npy and faiss.index
+
+VERSION = 1  # of index folders
+SHARD = 32768  # passages in a file of vectors
+SMALL = 2000  # passages that rank-bm25 holds without being slow (it takes about 8 microseconds a passage and query)
+
+
+def fingerprint(path: str) -> str:
+    """Of a file's size and of 64 blocks of 64 KiB spread over it (of all of a file up to 4 MiB): at once, even for KILT."""
+    digest, size = hashlib.sha256(), os.path.getsize(path)
+    with open(path, "rb") as file:
+        for n in range(64):
+            file.seek(max(0, size - (1 << 16)) * n // 63)
+            digest.update(file.read(1 << 16))
+    return f"{size}-{digest.hexdigest()}"
+
+
+def enter_folder(out: Path, corpus: str, settings: dict) -> None:
+    """Make an index folder, or come back to one of the same corpus and settings, finished or not; others are refused."""
+    file, header = out / "index.json", {"version": VERSION, **settings, "fingerprint": fingerprint(corpus)}
+    if file.is_file():
+        with whole(out):
+            there = json.loads(file.read_text())
+        if other := [name for name in header if there.get(name) != header[name]]:
+            raise ValueError(f"{out}: an index with another {' and '.join(other)} is there; choose another --out")
+    elif out.exists() and any(out.iterdir()):
+        raise ValueError(f"{out}: it is not empty and holds no index; choose another --out")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        write_text(file, json.dumps(header | {"corpus": str(Path(corpus).resolve())}, indent=1))
+
+
+def build_bm25(corpus: str, out: Path) -> None:
+    """Index a passage file with tantivy. A finished index of it is left as it is."""
+    enter_folder(out, corpus, {"kind": "bm25"})
+    if not (out / "tantivy").exists():
+        partial = out / "tantivy.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        TantivyBM25.build((passage for _, passage in scan_passages(corpus)), partial)
+        partial.rename(out / "tantivy")
+
+
+def build_dense(corpus: str, out: Path, encoder: str, factory: str, parameters: str, prebuilt: str | None) -> None:
+    """Embed a passage file and index the vectors with faiss. What an earlier call left is completed, not made again.
+
+    Under torchrun the ranks share the embedding. Another factory or other parameters make another index of the same vectors.
+
+    Args:
+        encoder: argument of `Encoder`.
+        factory: of `faiss.index_factory`, such as Flat, HNSW32,SQ8 or IVF4096,PQ64.
+        parameters: of `faiss.ParameterSpace`, such as nprobe=64; kept in the index.
+        prebuilt: a faiss index of the same passages in the same order, instead of making one.
+    """
+    rank, world, barrier = join_ranks()
+    settings, index = {"factory": factory, "parameters": parameters}, out / "faiss.index"
+    if rank == 0:
+        enter_folder(
+            out, corpus, {"kind": "dense", "encoder": encoder, "prebuilt": prebuilt and str(Path(prebuilt).resolve())}
+        )
+        if not (out / "rows.npy").exists():
+            begins = array("q", (begin for begin, _ in scan_passages(corpus)))
+            save_array(out / "rows.npy", np.append(np.frombuffer(begins, np.int64), os.path.getsize(corpus)))
+    barrier()
+    passages = PassageFile(corpus, out / "rows.npy")
+    if not prebuilt:
+        shards = [out / f"vectors-{n:05d}.npy" for n in range(-(-len(passages) // SHARD))]
+        embed(passages, shards[rank::world], encoder)
+        barrier()
+    if rank == 0:
+        header = json.loads((out / "index.json").read_text())
+        if prebuilt and not index.exists():
+            index.symlink_to(Path(prebuilt).resolve())
+        elif not prebuilt and (header | settings != header or not index.exists()):
+            write_faiss(index, shards, factory, parameters)
+            write_text(out / "index.json", json.dumps(header | settings, indent=1))
+        Dense(passages, index, encoder)  # refuses what does not belong together
+
+
+def join_ranks() -> tuple[int, int, Callable[[], None]]:
+    """Rank, number of ranks and a barrier; alone without torchrun."""
+    if "RANK" not in os.environ:
+        return 0, 1, lambda: None
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", timeout=timedelta(days=7))  # a rank may wait long for another's last shard
+    atexit.register(dist.destroy_process_group)
+    return dist.get_rank(), dist.get_world_size(), dist.barrier
+
+
+def embed(passages: PassageFile, shards: list[Path], encoder: str) -> None:
+    """Write the vectors, (SHARD, D) float16, of those shards that are not there."""
+    missing = [shard for shard in shards if not shard.exists()]
+    model = Encoder(encoder) if missing else None
+    for shard in tqdm(missing, desc="embedding", unit="shard", disable=not missing):
+        start = int(shard.stem.removeprefix("vectors-")) * SHARD
+        rows = range(start, min(start + SHARD, len(passages)))
+        save_array(shard, model.passages([passages[row] for row in rows]).astype(np.float16))
+
+
+def save_array(path: Path, values: np.ndarray) -> None:
+    with open(path.with_suffix(".partial"), "wb") as file:
+        np.save(file, values)
+    path.with_suffix(".partial").rename(path)
+
+
+def write_faiss(path: Path, shards: list[Path], factory: str, parameters: str) -> None:
+    import faiss
+
+    arrays = [np.load(shard, mmap_mode="r") for shard in shards]
+    try:
+        index = faiss.index_factory(arrays[0].shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+        faiss.ParameterSpace().set_index_parameters(index, parameters)
+    except RuntimeError as error:
+        raise ValueError(f"faiss refuses {factory!r} with {parameters!r}: {str(error).splitlines()[-1]}") from None
+    if not index.is_trained:  # on every n-th vector, a million at most
+        step = -(-sum(map(len, arrays)) // 1_000_000)
+        index.train(np.concatenate([each[::step] for each in arrays]).astype(np.float32))
+    for each in tqdm(arrays, desc="indexing", unit="shard"):
+        index.add(each.astype(np.float32))
+    faiss.write_index(index, str(path.with_suffix(".partial")))
+    path.with_suffix(".partial").rename(path)
+
+
+def open_index(folder: Path, corpus: str | None) -> Retriever:
+    with whole(folder):
+        header = json.loads((folder / "index.json").read_text())
+        kind, indexed = header["kind"], header["fingerprint"]
+        if header["version"] != VERSION:
+            raise ValueError(f"version {header['version']}")
+        corpus = corpus or (header["corpus"] if kind == "dense" else None)  # tantivy holds its passages
+    if corpus and not Path(corpus).is_file():
+        raise FileNotFoundError(f"{folder}: its corpus {corpus} is not there; say where it is with --corpus")
+    if corpus and fingerprint(corpus) != indexed:
+        raise ValueError(f"{folder}: built from another corpus than {corpus}; build an index of that one")
+    if kind == "bm25":
+        return TantivyBM25.open(folder / "tantivy")
+    with whole(folder):
+        passages = PassageFile(corpus, folder / "rows.npy")
+    return Dense(passages, folder / "faiss.index", header["encoder"])
+
+
+def open_retriever(source: str, backend: str = "auto", corpus: str | None = None) -> Retriever:
+    """What `--retriever` names.
+
+    Args:
+        source: passage file (JSONL), index folder, http://HOST:PORT of a search server, web:PROVIDER[:REQUESTS_PER_SECOND].
+        backend: of a passage file: rank-bm25, tantivy (in memory) or auto, which is by size.
+        corpus: where the passages of an index folder are now, if they moved.
 
     Raises:
         ValueError, FileNotFoundError: one line that says what is wrong with `source`.
     """
+    if source.startswith(("http://", "https://")):
+        return Remote(source)
+    if source.startswith("web:"):
+        provider, _, rate = source.removeprefix("web:").partition(":")
+        if rate and not (rate.isdigit() and int(rate)):
+            raise ValueError(f"{source}: {rate!r} is not a number of requests per second")
+        return Web(provider, int(rate) if rate else None)
+    if Path(source, "index.json").is_file():
+        return open_index(Path(source), corpus)
     if not Path(source).is_file():
-        raise FileNotFoundError(f"{source}: no such passage file (--retriever)")
-    return BM25(read_passages(source))
+        raise FileNotFoundError(f"{source}: neither a passage file, an index folder, a URL nor web:PROVIDER (--retriever)")
+    small = backend == "auto" and sum(1 for _ in islice(scan_passages(source), SMALL + 1)) <= SMALL
+    if small or backend == "rank-bm25":
+        return BM25(read_passages(source))
+    return TantivyBM25.build(passage for _, passage in scan_passages(source))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The search server
+
+MAX_QUERIES, MAX_K, MAX_BODY = 256, 100, 4 << 20  # of one request; the last in bytes
+
+
+class Shape(NamedTuple):
+    """How a path of a search server is asked and how it answers."""
+
+    ask: Callable[[list[str], int], dict]  # request body of (queries, k)
+    answer: Callable[[list[list[Passage]], bool], dict]  # answer body of (results, with scores)
+    read: Callable[[dict], list[list[dict]]]  # results, as `parse_passage` takes them, of an answer body
+
+
+def read_line(line: str) -> dict:
+    """A line of the official corpus: number, tab, title, three blanks, text."""
+    title, _, text = re.sub(r"^\d+\t", "", line).partition("   ")
+    return {"id": title, "title": title, "text": text}
+
+
+SHAPES = {
+    "/search": Shape(  # ours
+        lambda queries, k: {"queries": queries, "k": k},
+        lambda results, scores: {"results": results},
+        lambda body: body["results"],
+    ),
+    "/queries": Shape(  # the official R1-Searcher's
+        lambda queries, k: {"queries": queries, "k": k},
+        lambda results, scores: {
+            "answers": [[f"{n}\t{p['title']}   {p['text']}" for n, p in enumerate(r)] for r in results]
+        },
+        lambda body: [[read_line(line) for line in each] for each in body["answers"]],
+    ),
+    "/retrieve": Shape(  # Search-R1's
+        lambda queries, k: {"queries": queries, "topk": k, "return_scores": True},
+        lambda results, scores: {"result": [[search_r1_hit(p, scores) for p in each] for each in results]},
+        lambda body: [[hit["document"] | {"score": hit["score"]} for hit in each] for each in body["result"]],
+    ),
+}
+
+
+def search_r1_hit(passage: Passage, with_score: bool) -> dict:
+    document = {"id": passage["id"], "contents": f'"{passage["title"]}"\n{passage["text"]}'}
+    return {"document": document, "score": passage.get("score")} if with_score else document
+
+
+class Batcher:
+    """Requests that arrive while a search runs go into the next one together."""
+
+    def __init__(self):
+        self.retriever: Retriever | None = None  # None while it loads
+        self.waiting: asyncio.Queue = asyncio.Queue()
+        self.answered = 0
+
+    async def search(self, queries: list[str], k: int) -> list[list[Passage]]:
+        future = asyncio.get_running_loop().create_future()
+        self.waiting.put_nowait((queries, k, future))
+        results = await future
+        self.answered += 1
+        return results
+
+    async def run(self) -> None:
+        while True:
+            batch = [await self.waiting.get()]
+            while not self.waiting.empty() and sum(len(queries) for queries, _, _ in batch) < MAX_QUERIES:
+                batch.append(self.waiting.get_nowait())
+            for k in {k for _, k, _ in batch}:  # apart: an approximate index may find others for another k
+                same = [(queries, future) for queries, asked, future in batch if asked == k]
+                search = asyncio.to_thread(self.retriever.search, [query for queries, _ in same for query in queries], k)
+                (results,) = await asyncio.gather(search, return_exceptions=True)
+                start = 0
+                for queries, future in same:
+                    if future.cancelled():  # its client is gone
+                        pass
+                    elif isinstance(results, BaseException):
+                        future.set_exception(results)
+                    else:
+                        future.set_result(results[start : start + len(queries)])
+                    start += len(queries)
+
+
+def make_app(batcher: Batcher):
+    """POST /search, /queries and /retrieve (SHAPES); GET /health: the process runs, /ready: the index is open."""
+    from pydantic import AliasChoices, BaseModel, Field, ValidationError
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import JSONResponse
+    from starlette.routing import Route
+
+    class Body(BaseModel):
+        queries: list[str] = Field(max_length=MAX_QUERIES)
+        k: int | None = Field(None, ge=1, le=MAX_K, validation_alias=AliasChoices("k", "topk"))
+        return_scores: bool = False
+
+    def refuse(status: int, reason: str) -> JSONResponse:
+        return JSONResponse({"detail": reason}, status)
+
+    async def answer(request: Request) -> JSONResponse:
+        body = bytearray()
+        async for chunk in request.stream():
+            body += chunk
+            if len(body) > MAX_BODY:
+                return refuse(413, f"a request may have {MAX_BODY} bytes")
+        if batcher.retriever is None:
+            return refuse(503, "the index is still being opened")
+        try:
+            asked = Body.model_validate_json(bytes(body))
+        except ValidationError as error:
+            return refuse(422, "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()))
+        try:
+            results = await batcher.search(asked.queries, asked.k or 3)
+        except Exception as error:
+            return refuse(500, f"{type(error).__name__}: {error}")
+        return JSONResponse(SHAPES[request.url.path].answer(results, asked.return_scores))
+
+    async def health(request: Request) -> JSONResponse:
+        return JSONResponse({"status": "ok"})
+
+    async def ready(request: Request) -> JSONResponse:
+        return refuse(503, "the index is still being opened") if batcher.retriever is None else await health(request)
+
+    @asynccontextmanager
+    async def lifespan(app):
+        task = asyncio.create_task(batcher.run())
+        yield
+        task.cancel()
+
+    asked = [Route(path, answer, methods=["POST"]) for path in SHAPES]
+    return Starlette(routes=[*asked, Route("/health", health), Route("/ready", ready)], lifespan=lifespan)
+
+
+def serve(open_source: Callable[[], Retriever], host: str, port: int) -> None:
+    """Answer until SIGTERM or Ctrl-C; requests that were received by then are still answered."""
+    import uvicorn
+
+    listener = socket.create_server((host, port), backlog=1024)
+    batcher, failures = Batcher(), []
+    server = uvicorn.Server(uvicorn.Config(make_app(batcher), log_level="warning", access_log=False))
+
+    def load() -> None:
+        try:
+            batcher.retriever = open_source()
+            print(f"ready: http://{host}:{listener.getsockname()[1]}", flush=True)
+        except Exception as error:
+            failures.append(error)
+            server.should_exit = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn stops at these, and raises them again when it has stopped
+        signal.signal(number, lambda *_: None)
+    threading.Thread(target=load, daemon=True).start()
+    server.run(sockets=[listener])
+    for failure in failures:
+        raise failure
+    print(f"stopped: {batcher.answered} requests answered", flush=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    index = commands.add_parser("index", help="build an index folder; a second call completes an interrupted one")
+    index.add_argument("--kind", choices=("bm25", "dense"), required=True)
+    index.add_argument("--corpus", required=True, help="passage file (JSONL)")
+    index.add_argument("--out", type=Path, required=True, help="folder to make")
+    index.add_argument("--encoder", help="dense: folder or hub name of an encoder, such as BAAI/bge-large-en-v1.5")
+    index.add_argument("--factory", default="Flat", help="dense: faiss index_factory, such as HNSW32,SQ8 (default Flat)")
+    index.add_argument("--parameters", default="", help="dense: faiss parameters, such as nprobe=64 or efSearch=128")
+    index.add_argument("--prebuilt", help="dense: a faiss index of --corpus, row by row, instead of making one")
+    for name, what in (("search", "show the passages of a query"), ("serve", "answer over HTTP")):
+        command = commands.add_parser(name, help=what)
+        command.add_argument("--index", required=True, help="anything that --retriever takes")
+        command.add_argument("--corpus", help="of an index folder: where its passages are now, if they moved")
+        command.add_argument("--backend", choices=("auto", "rank-bm25", "tantivy"), default="auto", help="of a passage file")
+    commands.choices["search"].add_argument("query")
+    commands.choices["search"].add_argument("-k", type=int, default=5, help="passages to show (default 5)")
+    commands.choices["serve"].add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
+    commands.choices["serve"].add_argument("--port", type=int, default=8000, help="0: any that is free (default 8000)")
+    args = parser.parse_args(argv)
+    if args.command == "index" and args.kind == "dense" and not args.encoder:
+        parser.error("--kind dense needs --encoder")
+    if args.command == "search" and args.k < 1:
+        parser.error("-k: at least 1")
+    return args
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("retriever", help="passage file (JSONL)")
-    parser.add_argument("query")
-    parser.add_argument("-k", type=int, default=5, help="passages to show (default 5)")
-    args = parser.parse_args(argv)
+    args = parse_arguments(argv)
     with user_errors("retriever.py"):
-        for passage in open_retriever(args.retriever).search([args.query], args.k)[0]:
-            print(f"{passage['title']}: {passage['text']}")
+        if args.command == "index" and args.kind == "bm25":
+            build_bm25(args.corpus, args.out)
+        elif args.command == "index":
+            build_dense(args.corpus, args.out, args.encoder, args.factory, args.parameters, args.prebuilt)
+        elif args.command == "serve":
+            serve(lambda: open_retriever(args.index, args.backend, args.corpus), args.host, args.port)
+        else:
+            for passage in open_retriever(args.index, args.backend, args.corpus).search([args.query], args.k)[0]:
+                print(f"{passage['title']}: {passage['text']}")
 
 
 if __name__ == "__main__":

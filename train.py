@@ -67,7 +67,7 @@ class Config:
     model: str = option("Qwen/Qwen2.5-7B", "Hugging Face folder or hub name")
     questions: str = option("data/stage_1.jsonl", "training questions (JSONL)")
     eval_questions: str = option("", "held-out questions (JSONL) for --eval_every")
-    retriever: str = option("data/passages.jsonl", "passage file (JSONL)")
+    retriever: str = option("data/passages.jsonl", "passage file (JSONL), index folder, search server URL or web:PROVIDER")
     prompt_file: str = option("base", f"one of {', '.join(PROMPTS)}, or a text file with {{question}} in it")
     engine: str = option("vllm", "inference engine", ["vllm", "transformers"])
     seed: int = option(0, "of data order and sampling")

@@ -1,10 +1,19 @@
-"""Reading questions and passages; BM25."""
+"""Reading questions and passages; both BM25; index folders. Dense search and search over HTTP have files of their own."""
 
 import json
+import math
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from retriever import BM25, open_retriever, read_passages, read_questions
+import retriever
+from retriever import BM25, TantivyBM25, build_bm25, open_retriever, read_passages, read_questions
 
 PASSAGES = [
     {"id": "a", "title": "Red Harbor", "text": "A film directed by Peter Lane."},
@@ -27,8 +36,6 @@ def test_bm25_finds_the_passage_and_keeps_the_order_of_queries():
 
 def test_bm25_agrees_with_the_formula_by_hand():
     """A term in 1 of 3 passages: idf = ln((3 - 1 + .5) / (1 + .5)); rank-bm25's k1 = 1.5, b = 0.75."""
-    import math
-
     index = BM25(PASSAGES).index
     lengths = [8, 7, 3]
     average = sum(lengths) / 3
@@ -94,3 +101,190 @@ def test_questions_in_both_formats(tmp_path):
 def test_a_question_without_text_or_answer_is_refused(tmp_path, bad):
     with pytest.raises(ValueError, match=r"q\.jsonl:1: "):
         read_questions(write(tmp_path / "q.jsonl", [bad]))
+
+
+def test_a_passage_of_the_wiki_18_file_is_read_as_it_is(tmp_path):
+    file = write(tmp_path / "wiki.jsonl", [{"id": 3, "contents": '"Salem "the" town"\nA town.\nOld.'}])
+    assert read_passages(file) == [{"id": "3", "title": 'Salem "the" town', "text": "A town.\nOld."}]
+
+
+def test_a_lone_surrogate_is_replaced():
+    """JSON carries it; UTF-8, and so the index, the tokenizer and every file, does not."""
+    passage = retriever.parse_passage({"id": 1, "title": "\ud800", "text": "é \udfff"})
+    assert passage == {"id": "1", "title": "?", "text": "é ?"}
+    assert TantivyBM25.build([passage]).search(["\ud800 é"], 1)[0][0]["id"] == "1"
+
+
+def test_an_id_that_occurs_twice_is_found_in_a_stream_and_a_collision_of_hashes_is_not_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(retriever, "hash", lambda text: 7, raising=False)
+    assert len(read_passages(write(tmp_path / "p.jsonl", PASSAGES))) == 3
+    with pytest.raises(ValueError, match=r"p\.jsonl:4: id 'c' occurs twice"):
+        read_passages(write(tmp_path / "p.jsonl", [*PASSAGES, PASSAGES[2]]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tantivy
+
+
+def bm25_by_hand(passages, query):
+    """Scores of all passages: Okapi with k1 = 1.2, b = 0.75 and idf = ln(1 + (N - n + .5) / (n + .5))."""
+    texts = [f"{p['title']} {p['text']}".lower().split() for p in passages]
+    average, scores = sum(map(len, texts)) / len(texts), []
+    for text in texts:
+        counts, score = Counter(text), 0.0
+        for word in query.split():
+            n = sum(word in other for other in texts)
+            idf = math.log(1 + (len(texts) - n + 0.5) / (n + 0.5))
+            score += idf * counts[word] * 2.2 / (counts[word] + 1.2 * (0.25 + 0.75 * len(text) / average))
+        scores.append(score)
+    return scores
+
+
+WORDS = st.lists(st.sampled_from("red harbor salem film lane town".split()), min_size=1, max_size=6).map(" ".join)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(WORDS, min_size=1, max_size=30), WORDS, st.integers(1, 5))
+def test_tantivy_ranks_as_the_formula_does_with_ties_in_corpus_order(texts, query, k):
+    """Few words and short texts: most scores tie, and which of them tantivy meets first depends on its threads."""
+    passages = [{"id": str(i), "title": "x", "text": text} for i, text in enumerate(texts)]
+    scores = bm25_by_hand(passages, query)
+    expected = sorted((i for i, score in enumerate(scores) if score > 0), key=lambda i: (-round(scores[i], 4), i))[:k]
+    (found,) = TantivyBM25.build(passages).search([query], k)
+    assert [int(p["id"]) for p in found] == expected
+    assert [p["score"] for p in found] == pytest.approx([scores[i] for i in expected], rel=1e-4)
+
+
+def test_a_query_leaves_its_stop_words_out_unless_it_has_no_others():
+    passages = [*PASSAGES, {"id": "d", "title": "The Who", "text": "A band."}]
+    index = TantivyBM25.build(passages)
+    assert index.search(["who was the singer of the town of salem"], 3) == index.search(["singer town salem"], 3)
+    assert [p["id"] for p in index.search(["the who"], 3)[0]] == ["d"]
+    assert index.search(["", "?!", "zzz"], 3) == [[], [], []]
+
+
+def test_what_would_be_syntax_elsewhere_is_text():
+    index = TantivyBM25.build(PASSAGES)
+    for query in ("title:salem AND (", '"laura', "salem^2 -webb *", "\0", "webb " * 3000, "x" * 100_000):
+        assert isinstance(index.search([query], 2)[0], list)
+
+
+def index_folder(tmp_path, passages=PASSAGES):
+    corpus = write(tmp_path / "corpus.jsonl", passages)
+    build_bm25(str(corpus), tmp_path / "index")
+    return corpus, tmp_path / "index"
+
+
+def test_an_index_folder_answers_as_the_passages_in_memory_do(tmp_path):
+    corpus, folder = index_folder(tmp_path)
+    queries = ["laura webb", "a film", "town"]
+    assert open_retriever(str(folder)).search(queries, 3) == TantivyBM25.build(PASSAGES).search(queries, 3)
+    assert open_retriever(str(folder), corpus=str(corpus)).search(queries, 3)
+    corpus.unlink()  # the folder holds its passages
+    assert open_retriever(str(folder)).search(queries, 1)
+
+
+def test_a_finished_index_is_left_alone_and_an_interrupted_one_is_completed(tmp_path):
+    corpus, folder = index_folder(tmp_path)
+    before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    build_bm25(str(corpus), folder)
+    assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
+    (folder / "tantivy").rename(folder / "tantivy.partial")  # as a kill during the build leaves it
+    with pytest.raises(ValueError, match="build it again"):
+        open_retriever(str(folder))
+    build_bm25(str(corpus), folder)
+    assert open_retriever(str(folder)).search(["salem"], 1)[0]
+
+
+def test_another_corpus_is_refused(tmp_path):
+    _, folder = index_folder(tmp_path)
+    other = write(tmp_path / "other.jsonl", PASSAGES[:2])
+    with pytest.raises(ValueError, match="another corpus than"):
+        open_retriever(str(folder), corpus=str(other))
+    with pytest.raises(ValueError, match="another fingerprint"):
+        build_bm25(str(other), folder)
+    with pytest.raises(FileNotFoundError, match="--corpus"):
+        open_retriever(str(folder), corpus=str(tmp_path / "none.jsonl"))
+
+
+def test_the_fingerprint_of_a_large_file_sees_its_size_beginning_and_end(tmp_path):
+    file = tmp_path / "large"
+    with open(file, "wb") as sparse:
+        sparse.truncate(1 << 30)
+    seen = {retriever.fingerprint(str(file))}
+    for position in (0, (1 << 30) - 1, 1 << 30):
+        with open(file, "r+b") as sparse:
+            sparse.seek(position)
+            sparse.write(b"x")
+        seen.add(retriever.fingerprint(str(file)))
+    assert len(seen) == 4
+
+
+@pytest.mark.parametrize("damage", ["index.json", "meta.json", "postings"])
+def test_a_damaged_index_is_named(tmp_path, damage):
+    _, folder = index_folder(tmp_path)
+    for file in [*folder.rglob("*.json"), *folder.rglob("*.idx")]:
+        if file.name == damage or (damage == "postings" and file.suffix == ".idx"):
+            file.write_bytes(b"")
+    with pytest.raises(ValueError, match="build it again") as error:
+        open_retriever(str(folder)).search(["salem"], 1)
+    assert str(folder) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_folder_that_holds_something_else_is_not_written_to(tmp_path):
+    corpus = write(tmp_path / "corpus.jsonl", PASSAGES)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("x")
+    with pytest.raises(ValueError, match="holds no index"):
+        build_bm25(str(corpus), tmp_path / "mine")
+    assert os.listdir(tmp_path / "mine") == ["thesis.txt"]
+
+
+def test_the_backend_of_a_passage_file_goes_by_its_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(retriever, "SMALL", 3)
+    corpus = str(write(tmp_path / "corpus.jsonl", PASSAGES))
+    assert isinstance(open_retriever(corpus), BM25)
+    assert isinstance(open_retriever(corpus, "tantivy"), TantivyBM25)
+    corpus = str(write(tmp_path / "corpus.jsonl", [*PASSAGES, {"id": "d", "title": "D", "text": "d"}]))
+    assert isinstance(open_retriever(corpus), TantivyBM25)
+    assert isinstance(open_retriever(corpus, "rank-bm25"), BM25)
+
+
+def command(*words, **environment):
+    script = Path(retriever.__file__).resolve()
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **environment}
+    return subprocess.run([sys.executable, script, *map(str, words)], capture_output=True, text=True, env=environment)
+
+
+def test_the_command_line(tmp_path):
+    corpus = write(tmp_path / "corpus.jsonl", PASSAGES)
+    assert command("index", "--kind", "bm25", "--corpus", corpus, "--out", tmp_path / "index").returncode == 0
+    result = command("search", "--index", tmp_path / "index", "laura webb", "-k", 1)
+    assert (result.returncode, result.stdout) == (0, "Laura Webb: A singer born in Salem.\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["search", "--index", "nothing", "q"], "nothing: neither a passage file"),
+        (["search", "--index", "web:altavista", "q"], "web:altavista: the providers are serper, brave"),
+        (["search", "--index", "web:serper:fast", "q"], "web:serper:fast: 'fast' is not a number"),
+        (["search", "--index", "web:serper", "q"], "web:serper: set SERPER_API_KEY in the environment"),
+        (["index", "--kind", "bm25", "--corpus", "nothing.jsonl", "--out", "x"], "nothing.jsonl"),
+        (["index", "--kind", "bm25", "--corpus", "broken.jsonl", "--out", "x"], "broken.jsonl:2: expected"),
+        (["index", "--kind", "bm25", "--corpus", "empty.jsonl", "--out", "x"], "empty.jsonl: it holds no"),
+        (
+            ["index", "--kind", "dense", "--encoder", "nothing", "--corpus", "good.jsonl", "--out", "x"],
+            "nothing: no encoder there",
+        ),
+    ],
+)
+def test_an_error_of_the_user_is_one_line_with_status_2(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    write(Path("good.jsonl"), PASSAGES)
+    write(Path("broken.jsonl"), [PASSAGES[0], "{\n"])
+    write(Path("empty.jsonl"), [])
+    result = command(*words, SERPER_API_KEY="")
+    assert result.returncode == 2
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("reading ")]
+    assert len(lines) == 1 and message in lines[0], result.stderr

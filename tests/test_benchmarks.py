@@ -1,0 +1,66 @@
+"""The benchmarks: what they compute agrees with the real thing, and they run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+from test_retriever import PASSAGES, write
+
+from benchmarks import dense_memory
+from benchmarks import retriever as benchmark
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    "factory", ["Flat", "SQfp16", "SQ8", "IVF64,Flat", "IVF64,SQ8", "HNSW32,Flat", "HNSW32,SQ8", "IVF8,PQ8"]
+)
+def test_the_computed_size_of_a_dense_index_is_that_of_its_file(factory):
+    vectors = np.random.default_rng(0).standard_normal((8000, 64), np.float32)
+    index = faiss.index_factory(64, factory, faiss.METRIC_INNER_PRODUCT)
+    index.train(vectors)
+    index.add(vectors)
+    lists = int(factory[3:].split(",")[0]) if factory.startswith("IVF") else 0
+    computed = dense_memory.index_bytes(factory, *vectors.shape, lists=lists)
+    assert computed == pytest.approx(len(faiss.serialize_index(index)), rel=0.02)
+
+
+def test_the_readme_holds_the_computed_table():
+    assert dense_memory.table() in (ROOT / "README.md").read_text()
+
+
+def test_the_measured_table_is_that_of_the_saved_run():
+    lines = map(json.loads, (ROOT / "results" / "retrieval" / "benchmark.jsonl").read_text().splitlines())
+    table = benchmark.table({line["name"]: line for line in lines})
+    assert table in (ROOT / "README.md").read_text() and table in (ROOT / "RESULTS.md").read_text()
+
+
+def test_the_retrieval_benchmark_runs_and_ends_in_the_ratios(tmp_path):
+    passages = write(
+        tmp_path / "passages.jsonl", [{**p, "text": p["text"] + f" extra words number {n}"} for n, p in enumerate(PASSAGES)]
+    )
+    questions = write(
+        tmp_path / "questions.jsonl", [{"id": 1, "question": "Who directed Red Harbor?", "answers": ["Peter Lane"]}]
+    )
+    command = [
+        sys.executable,
+        ROOT / "benchmarks" / "retriever.py",
+        "--json",
+        "--passages",
+        passages,
+        "--questions",
+        questions,
+    ]
+    command += ["--sizes", "1000", "--requests", "200", "--work", tmp_path / "work"]
+    result = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    found = {line.pop("name"): line for line in lines}
+    assert found["server-1000"]["wrong"] == 0 and found["server-1000"]["requests"] == 200
+    assert found["recall-tantivy"]["top3"] == found["recall-rank-bm25"]["top3"] == 1
+    assert list(found)[-1] == "ratios" and len(found["ratios"]) == 2

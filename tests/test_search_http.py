@@ -1,0 +1,370 @@
+"""Search over HTTP: the server in its three shapes, the client against servers that misbehave, web search."""
+
+import json
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import requests
+from conftest import ASK, TELL
+from test_retriever import PASSAGES, write
+
+import retriever
+from retriever import MAX_BODY, MAX_QUERIES, PROVIDERS, Remote, TantivyBM25, Web, open_retriever
+
+WORDS = "red blue harbor salem film lane town river stone light".split()
+CORPUS = [
+    {
+        "id": str(i),
+        "title": f"{WORDS[i % 10]} {i}",
+        "text": " ".join(WORDS[(i * 7 + j * (1 + i % 3)) % 10] for j in range(20)),
+    }
+    for i in range(3000)
+]
+
+
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    """Retries follow at once."""
+    monkeypatch.setattr(retriever, "WAITS", (0,) * 6)
+
+
+class Server:
+    """`retriever.py serve` in a process of its own."""
+
+    def __init__(self, corpus, *words):
+        command = [sys.executable, retriever.__file__, "serve", "--index", str(corpus), "--port", "0", *words]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.url = re.search(r"http://\S+", self.process.stdout.readline())[0]
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        out, err = self.process.communicate(timeout=60)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(write(tmp_path_factory.mktemp("server") / "corpus.jsonl", CORPUS))
+    yield server
+    assert server.stop()[0] == 0
+
+
+QUERIES = [f"{a} {b}" for a in WORDS for b in WORDS]
+
+
+def test_all_three_shapes_give_what_a_direct_search_gives(server):
+    direct = TantivyBM25.build(CORPUS).search(QUERIES, 4)
+    assert open_retriever(server.url).search(QUERIES, 4) == direct
+    assert open_retriever(server.url + "/search").search(QUERIES, 4) == direct
+    assert open_retriever(server.url + "/retrieve").search(QUERIES, 4) == direct
+    found = open_retriever(server.url + "/queries").search(QUERIES, 4)  # lines of text: ids and scores are not in them
+    assert [[(p["title"], p["text"]) for p in each] for each in found] == [
+        [(p["title"], p["text"]) for p in each] for each in direct
+    ]
+
+
+def test_the_shapes_are_those_of_the_field(server):
+    best = TantivyBM25.build(CORPUS).search(["red harbor"], 3)[0]
+    post = lambda path, **body: requests.post(server.url + path, json=body).json()  # noqa: E731
+    official = post("/queries", queries=["red harbor"], k=3)
+    assert official == {"answers": [[f"{n}\t{p['title']}   {p['text']}" for n, p in enumerate(best)]]}
+    documents = [{"id": p["id"], "contents": f'"{p["title"]}"\n{p["text"]}'} for p in best]
+    scored = [{"document": document, "score": p["score"]} for document, p in zip(documents, best, strict=True)]
+    assert post("/retrieve", queries=["red harbor"], topk=3, return_scores=True) == {"result": [scored]}
+    assert post("/retrieve", queries=["red harbor"]) == {"result": [documents]}
+
+
+def test_concurrent_clients_get_what_a_single_one_gets(server):
+    alone = {query: Remote(server.url).search([query], 3) for query in QUERIES}
+    with ThreadPoolExecutor(32) as pool:
+        remote = Remote(server.url)
+        for k in (3, 2):
+            results = pool.map(lambda query: (query, remote.search([query], k)), QUERIES * 5)  # noqa: B023
+            assert all(found == [alone[query][0][:k]] for query, found in results)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "reason"),
+    [
+        (b"{", 422, "Invalid JSON"),
+        (b'{"k": 3}', 422, "queries: Field required"),
+        (b'{"queries": "red"}', 422, "queries"),
+        (b'{"queries": ["red"], "k": 0}', 422, "k: "),
+        (b'{"queries": ["red"], "k": 101}', 422, "k: "),
+        (json.dumps({"queries": ["red"] * (MAX_QUERIES + 1)}).encode(), 422, "queries"),
+        (b'{"queries": ["' + b"x" * MAX_BODY + b'"]}', 413, "bytes"),
+        (b'{"queries": ["\\ud800"]}', 422, "Invalid JSON"),
+    ],
+)
+def test_a_bad_request_is_refused_with_its_reason(server, body, status, reason):
+    response = requests.post(server.url + "/search", data=body)
+    assert response.status_code == status and reason in response.json()["detail"]
+    assert requests.get(server.url + "/ready").status_code == 200
+
+
+def test_health_and_readiness(server):
+    assert requests.get(server.url + "/health").json() == requests.get(server.url + "/ready").json() == {"status": "ok"}
+    assert requests.get(server.url + "/nothing").status_code == 404
+    assert server.url.startswith("http://127.0.0.1:")
+
+
+def test_while_the_index_opens_the_server_is_healthy_and_not_ready():
+    from starlette.testclient import TestClient
+
+    batcher = retriever.Batcher()
+    with TestClient(retriever.make_app(batcher)) as client:
+        assert client.get("/health").status_code == 200 and client.get("/ready").status_code == 503
+        assert client.post("/search", json={"queries": ["red"]}).status_code == 503
+        batcher.retriever = TantivyBM25.build(PASSAGES)
+        assert client.get("/ready").status_code == 200
+        assert client.post("/search", json={"queries": ["harbor"]}).json()["results"][0][0]["id"] == "a"
+
+
+def test_a_search_that_fails_fails_its_requests_and_no_others():
+    from starlette.testclient import TestClient
+
+    class Moody(TantivyBM25):
+        def search(self, queries, k):
+            if "fail" in queries:
+                raise OSError("disk gone")
+            return super().search(queries, k)
+
+    batcher = retriever.Batcher()
+    batcher.retriever = Moody.build(PASSAGES)
+    with TestClient(retriever.make_app(batcher)) as client:
+        failed = client.post("/search", json={"queries": ["fail"]})
+        assert failed.status_code == 500 and failed.json() == {"detail": "OSError: disk gone"}
+        assert client.post("/search", json={"queries": ["harbor"]}).status_code == 200
+
+
+def test_an_index_that_does_not_open_stops_the_server(tmp_path):
+    command = [sys.executable, retriever.__file__, "serve", "--index", str(tmp_path / "none"), "--port", "0"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and "neither a passage file" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_a_port_that_is_taken_is_one_line(server):
+    command = [sys.executable, retriever.__file__, "serve", "--index", "x", "--port", server.url.rpartition(":")[2]]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 2 and "in use" in result.stderr and len(result.stderr.splitlines()) == 1
+
+
+def test_sigterm_answers_every_request_that_was_received(tmp_path):
+    server = Server(write(tmp_path / "corpus.jsonl", CORPUS))
+    expected = Remote(server.url).search(QUERIES, 3)
+    answers, refused = [], []
+
+    def client(number):
+        session = requests.Session()
+        for _ in range(1000):
+            try:
+                answers.append(
+                    session.post(server.url + "/search", json={"queries": QUERIES, "k": 3}, timeout=30).json()["results"]
+                )
+            except requests.exceptions.ConnectionError:
+                refused.append(number)
+                return
+
+    threads = [threading.Thread(target=client, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    while len(answers) < 8:
+        time.sleep(0.01)
+    code, out, err = server.stop()
+    for thread in threads:
+        thread.join()
+    assert code == 0 and not err and len(refused) == 8
+    assert all(answer == expected for answer in answers)  # none was cut short
+    assert f"stopped: {len(answers) + 1} requests answered" in out  # and each that the server took reached its client
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Servers that misbehave
+
+
+@pytest.fixture
+def misbehaving():
+    """A real server: `answers` is a list of (status, body, headers); the last repeats. `seen` are the requests."""
+    seen, answers, clients = [], [], set()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self):
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            seen.append((self.command, self.path, dict(self.headers), body))
+            clients.add(self.client_address)
+            status, text, headers = answers.pop(0) if len(answers) > 1 else answers[0]
+            if status == 0:
+                self.connection.shutdown(socket.SHUT_RDWR)
+                self.close_connection = True
+                return
+            self.send_response(status)
+            for name, value in {"Content-Length": len(text), **headers}.items():
+                self.send_header(name, str(value))
+            self.end_headers()
+            self.wfile.write(text)
+            self.close_connection = "Content-Length" in headers
+
+        do_GET = do_POST
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    server.url, server.seen, server.answers, server.clients = (
+        f"http://127.0.0.1:{server.server_port}",
+        seen,
+        answers,
+        clients,
+    )
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+GOOD = (200, json.dumps({"results": [[PASSAGES[0]]]}).encode(), {})
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [(503, b"", {}), (500, b"", {}), (429, b"", {"Retry-After": 0}), (0, b"", {}), (200, b"{}", {"Content-Length": 50})],
+)
+def test_the_client_tries_again(misbehaving, failure):
+    misbehaving.answers.extend([failure, failure, GOOD])
+    assert Remote(misbehaving.url).search(["x"], 1) == [[PASSAGES[0]]]
+    assert len(misbehaving.seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        ((503, b"busy", {}), "status 503: 'busy'"),
+        ((422, b"no", {}), "status 422: 'no'"),
+        ((0, b"", {}), "no answer (ConnectionError)"),
+        ((200, b"<html>", {}), "not JSON: '<html>'"),
+        ((200, b'{"results": [[{"id": 1}]]}', {}), "another shape"),
+        ((200, b'{"results": []}', {}), "0 results for 1 queries"),
+        ((200, b"[]", {}), "another shape"),
+    ],
+)
+def test_after_the_last_try_there_is_one_clear_line(misbehaving, answer, message):
+    misbehaving.answers.append(answer)
+    with pytest.raises(RuntimeError) as error:
+        Remote(misbehaving.url).search(["x"], 1)
+    assert str(error.value).startswith(misbehaving.url) and message in str(error.value) and "\n" not in str(error.value)
+    assert len(misbehaving.seen) == (7 if answer[0] in (0, 503) or answer[1] == b"<html>" else 1)
+
+
+def test_nobody_listens():
+    with pytest.raises(RuntimeError, match=r"http://127.0.0.1:9/search: no answer"):
+        Remote("http://127.0.0.1:9").search(["x"], 1)
+
+
+def test_a_client_keeps_its_connection(misbehaving):
+    misbehaving.answers.append(GOOD)
+    remote = Remote(misbehaving.url)
+    for _ in range(5):
+        remote.search(["x"], 1)
+    assert len(misbehaving.clients) == 1
+
+
+def test_more_results_than_asked_for_are_cut_and_many_queries_go_in_several_requests(misbehaving, monkeypatch):
+    monkeypatch.setattr(retriever, "MAX_QUERIES", 2)
+    two = {"results": [PASSAGES, PASSAGES]}
+    misbehaving.answers.extend(
+        [(200, json.dumps(two).encode(), {}), (200, json.dumps({"results": [PASSAGES]}).encode(), {})]
+    )
+    assert Remote(misbehaving.url).search(["a", "b", "c"], 1) == [[PASSAGES[0]]] * 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Web search, against the answers that the providers document
+
+SERPER = {
+    "searchParameters": {"q": "red harbor", "type": "search"},
+    "organic": [
+        {"title": "Red Harbor", "link": "https://a.example", "snippet": "A film &amp; more\nby Lane.", "position": 1},
+        {"title": "No snippet", "link": "https://b.example", "position": 2},
+    ],
+}
+BRAVE = {
+    "type": "search",
+    "web": {"results": [{"title": "Red Harbor", "url": "https://a.example", "description": "A film &amp; more\nby Lane."}]},
+}
+FIRST = {"id": "https://a.example", "title": "Red Harbor", "text": "A film & more by Lane."}
+
+
+@pytest.fixture
+def web(misbehaving, monkeypatch, tmp_path):
+    for provider in PROVIDERS.values():
+        monkeypatch.setenv(provider.key, "secret-key")
+    return lambda name, **more: Web(name, cache=tmp_path / "web.sqlite", url=misbehaving.url, **{"rate": 1000, **more})
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "header"), [("serper", SERPER, "X-API-KEY"), ("brave", BRAVE, "X-Subscription-Token")]
+)
+def test_hits_are_passages(misbehaving, web, name, answer, header):
+    misbehaving.answers.append((200, json.dumps(answer).encode(), {}))
+    assert web(name).search(["red harbor"], 5)[0][0] == FIRST
+    ((method, path, headers, body),) = misbehaving.seen
+    assert headers[header] == "secret-key"
+    if name == "serper":
+        assert (method, json.loads(body)) == ("POST", {"q": "red harbor", "num": 5})
+    else:
+        assert (method, path) == ("GET", "/?q=red+harbor&count=5&text_decorations=false")
+
+
+def test_hits_reach_the_policy_in_the_format_of_training(misbehaving, web, play):
+    """In the official code documents from the web lacked the numbering that the model was trained with."""
+    misbehaving.answers.append((200, json.dumps(SERPER).encode(), {}))
+    episode, _ = play([ASK, TELL], search=web("serper").search)
+    documents = next(text for kind, text in episode.segments if kind == "documents")
+    assert "(1)Red Harbor   A film & more by Lane.\n(2)No snippet   " in documents
+
+
+def test_what_was_asked_once_is_answered_from_disk_also_by_another_process(misbehaving, web):
+    misbehaving.answers.append((200, json.dumps(SERPER).encode(), {}))
+    first = web("serper").search(["red harbor", "red harbor"], 2)
+    assert web("serper").search(["red harbor"], 2) == first[:1] and len(misbehaving.seen) == 1
+    web("serper").search(["red harbor"], 3)
+    assert len(misbehaving.seen) == 2
+
+
+def test_no_hits_are_an_empty_result_and_nonsense_an_error_that_is_not_cached(misbehaving, web):
+    misbehaving.answers.extend(
+        [(200, b'{"organic": []}', {}), (200, b'{"organic": [{}]}', {}), (200, json.dumps(SERPER).encode(), {})]
+    )
+    assert web("serper").search(["nothing"], 2) == [[]]
+    with pytest.raises(RuntimeError, match="another shape"):
+        web("serper").search(["red"], 2)
+    assert web("serper").search(["red"], 2)[0][0] == FIRST
+
+
+def test_the_rate_is_kept(misbehaving, web):
+    misbehaving.answers.append((200, json.dumps(SERPER).encode(), {}))
+    search, begin = web("serper", rate=20), time.monotonic()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda n: search.search([f"query {n}"], 1), range(9)))
+    assert time.monotonic() - begin >= 8 / 20
+
+
+def test_the_key_is_in_no_file_and_no_message(misbehaving, web, tmp_path):
+    misbehaving.answers.extend([(200, json.dumps(SERPER).encode(), {}), (403, b"forbidden", {})])
+    web("serper").search(["red"], 1)
+    with pytest.raises(RuntimeError) as error:
+        web("serper").search(["blue"], 1)
+    assert "secret-key" not in str(error.value)
+    assert all(b"secret-key" not in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+    assert sqlite3.connect(tmp_path / "web.sqlite").execute("SELECT count(*) FROM hits").fetchone() == (1,)

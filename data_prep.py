@@ -3,6 +3,9 @@
     python data_prep.py kilt --source kilt_knowledgesource.json --out data/passages.jsonl      # the paper's corpus
     python data_prep.py corpus --format wiki-18 --source wiki-18.jsonl --out data/passages.jsonl
     python data_prep.py demo                           # the demo's model, a world to search in, questions about it
+    python data_prep.py questions --format hotpotqa --source hotpot_train_v1.1.json --out hotpotqa.jsonl    # a training set
+    python data_prep.py difficulty --questions hotpotqa.jsonl --model MODEL --retriever index --out difficulty.jsonl
+    python data_prep.py mix --stage 2 --questions difficulty.jsonl ... --exclude test.jsonl ... --out data/stage_2.jsonl
 
 The demo world is fictional: people, places, companies and works whose every fact is drawn at random, so that no answer
 can be known without searching. Its strings (given names, towns, trades) are short and common, so that a small model can
@@ -14,6 +17,8 @@ import argparse
 import bz2
 import csv
 import gzip
+import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -23,16 +28,26 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import nullcontext
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from tqdm import tqdm
 
-from retriever import Passage, parse_passage, user_errors, write_jsonl, write_text
+from retriever import (
+    Passage,
+    clean,
+    open_retriever,
+    parse_passage,
+    read_jsonl,
+    read_questions,
+    user_errors,
+    write_jsonl,
+    write_text,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The demo world's words
@@ -343,12 +358,290 @@ def make_corpus(source: Path, out: Path, format: str, workers: int) -> None:
     print(f"{out}: {done['passages']} passages")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Questions: published data sets, the difficulty of their questions, and the training sets drawn from both
+
+# What each data set calls the id (on the Hub all say id). The rest they share, but for capitals and MuSiQue's aliases.
+ID_FIELDS = {"hotpotqa": "_id", "2wiki": "_id", "musique": "id", "bamboogle": None}
+
+
+def local_file(source: str) -> Path:
+    """A file here, or one of the Hugging Face Hub: hf://datasets/OWNER/NAME[@REVISION]/FILE or its page's address."""
+    if "://" not in source:
+        return Path(source)
+    from huggingface_hub import hf_hub_download, parse_hf_uri
+
+    try:
+        uri = parse_hf_uri(source)
+        return Path(hf_hub_download(uri.id, uri.path_in_repo, repo_type=uri.type, revision=uri.revision))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{source}: {' '.join(str(error).split())}") from None  # the Hub's messages have many lines
+
+
+def raw_records(path: Path) -> Iterator[tuple[str, dict | bytes]]:
+    """Where each record of a JSON array, a JSONL or a CSV file stands, and the record or its line of JSON."""
+    data = path.read_bytes()
+    if data.startswith(b"PAR1"):
+        raise ValueError("parquet; save it as JSON lines first")
+    if path.suffix == ".csv":
+        yield from ((f"record {n}", row) for n, row in enumerate(csv.DictReader(io.StringIO(data.decode("utf-8-sig"))), 1))
+    elif data.lstrip().startswith(b"["):
+        yield from ((f"record {n}", record) for n, record in enumerate(json.loads(data), 1))
+    else:
+        yield from ((f"line {n}", line) for n, line in enumerate(data.splitlines(), 1) if line.strip())
+
+
+def published_questions(path: Path, format: str) -> tuple[list[dict], int]:
+    """The questions of a published file, and how many it says cannot be answered (MuSiQue); these are left out.
+
+    Raises:
+        ValueError: names the file, the line or record, and what is wrong there.
+    """
+    if format == "r1-searcher":
+        return read_questions(path), 0
+    questions, left_out, where = {}, 0, "as a whole"
+    try:
+        for where, raw in raw_records(path):  # noqa: B007
+            record = {key.lower(): value for key, value in (raw if isinstance(raw, dict) else json.loads(raw)).items()}
+            if not record.get("answerable", True):
+                left_out += 1
+                continue
+            key = ID_FIELDS[format]
+            name = str(record[key if key in record else "id"]) if key else f"{format}-{len(questions) + 1}"
+            text = clean(record["question"].strip())
+            answers = [clean(str(a).strip()) for a in (record["answer"], *record.get("answer_aliases", []))]
+            if not text or not answers[0] or record["answer"] is None:
+                raise ValueError("a question without text or answer")
+            if name in questions:
+                raise ValueError(f"id {name!r} occurs twice")
+            answers = [a for a in dict.fromkeys(answers) if a]
+            questions[name] = {"id": name, "question": text, "answers": answers, "dataset": format}
+    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+        raise ValueError(f"{path}, {where}: not of the format {format}, {error!r}") from None
+    if not questions:
+        raise ValueError(f"{path}: it holds no question of the format {format}")
+    return list(questions.values()), left_out
+
+
+def refuse_to_overwrite(out: Path) -> None:
+    if out.exists():
+        raise ValueError(f"{out} is there already; remove it to make it again")
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def make_questions(args: argparse.Namespace) -> None:
+    """Write the questions of a published file, or a sample of them, in the file's order."""
+    refuse_to_overwrite(args.out)
+    questions, left_out = published_questions(local_file(args.source), args.format)
+    if not 0 <= args.sample <= len(questions):
+        raise ValueError(f"--sample {args.sample}: {args.source} has {len(questions)} questions")
+    indices = range(len(questions))
+    chosen = sorted(random.Random(args.seed).sample(indices, args.sample)) if args.sample else indices
+    write_jsonl(args.out, [questions[i] for i in chosen])
+    drawn = f" (--sample {args.sample} --seed {args.seed})" if args.sample else ""
+    print(f"{args.out}: {len(chosen)} of {len(questions)} questions{drawn}; {left_out} that cannot be answered left out")
+
+
+def level(rollouts: int, solved: bool) -> str:
+    """The paper's bounds on the rollouts until the first right answer."""
+    needed = rollouts + (not solved)  # at least so many
+    if needed <= 20 and not solved:
+        return "undecided"  # given up too early to tell
+    return "easy" if needed < 10 else "medium" if needed <= 20 else "hard"
+
+
+def roll_out_until_right(rollout, encode, questions: list[dict], verdicts: dict, args) -> Iterator[tuple[str, bool]]:
+    """Yield (id, whether right) of every rollout, until each question has a right one or `max_rollouts`.
+
+    All are in one continuous batch, each with one rollout at a time. A question that is done leaves its place to the next;
+    one that is not goes to the end of the line. `verdicts`: by id, of the rollouts so far; grows.
+
+    Raises:
+        RuntimeError: a search failed: what the model makes of that says nothing about the question.
+    """
+    from reward import judge
+    from rollout import Episode, derive_seed
+
+    def is_open(name: str) -> bool:
+        return True not in verdicts[name] and len(verdicts[name]) < args.max_rollouts
+
+    order = {q["id"]: i for i, q in enumerate(questions)}
+    waiting = deque(q for q in questions if is_open(q["id"]))
+
+    def episodes() -> Iterator[Episode | None]:
+        while True:
+            q = waiting.popleft() if waiting else None
+            seed = q and derive_seed(args.seed, order[q["id"]], len(verdicts[q["id"]]))  # whatever else is under way
+            yield q and Episode(q, encode(q["question"]), seed=seed)  # None: those under way may come back
+
+    for episode in rollout.run(episodes()):
+        if episode.search_failures:
+            raise RuntimeError(f"{args.retriever}: {rollout.search_error!r}; the same command goes on from here")
+        q, scores = episode.question, judge(episode.segments, len(episode.queries), episode.question["answers"])
+        verdicts[q["id"]].append(scores[args.right] == 1)
+        if is_open(q["id"]):
+            waiting.append(q)
+        yield q["id"], scores[args.right] == 1
+
+
+def noted_verdicts(notes: Path, settings: dict, questions: list[dict]) -> dict[str, list[bool]]:
+    """The verdicts that an interrupted call has noted, by id; what follows the last new line is torn and cut off."""
+    verdicts = {q["id"]: [] for q in questions}
+    lines = notes.read_bytes().splitlines(keepends=True) if notes.exists() else []
+    if lines and not lines[-1].endswith(b"\n"):
+        os.truncate(notes, notes.stat().st_size - len(lines.pop()))
+    if len(lines) < 2:  # no rollout yet: begin anew
+        notes.write_text(json.dumps(settings) + "\n")
+        return verdicts
+    for name, value in json.loads(lines[0]).items():
+        if settings.get(name) != value:
+            raise ValueError(f"{notes}: begun with {name} {value}, not {settings.get(name)}; remove it to begin again")
+    for name, right in map(json.loads, lines[1:]):
+        verdicts[name].append(right)
+    return verdicts
+
+
+def make_difficulty(args: argparse.Namespace) -> None:
+    """Write the questions with `rollouts` and `solved`. Every rollout is noted; a later call goes on from there."""
+    refuse_to_overwrite(args.out)
+    if args.max_rollouts < 1:
+        raise ValueError("--max_rollouts must be at least 1")
+    questions = read_questions(args.questions)
+
+    import torch
+    from transformers import AutoTokenizer
+
+    from reward import TAGS, load_prompt
+    from rollout import Limits, Rollout, make_engine, prompt_encoder
+
+    search = open_retriever(args.retriever).search
+    free = ("handler", "out", "gpu_memory_utilization")
+    settings = {name: str(value) for name, value in vars(args).items() if name not in free}
+    settings["sha256"] = hashlib.sha256(json.dumps(questions).encode()).hexdigest()  # of the questions
+    notes = args.out.with_name(args.out.name + ".progress")
+    verdicts = noted_verdicts(notes, settings, questions)
+    limits = Limits(**{name: getattr(args, name) for name in Limits.__dataclass_fields__})
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    encode = prompt_encoder(tokenizer, load_prompt(args.prompt_file))
+    engine = make_engine(args.engine, args.model, args.max_context, args.gpu_memory_utilization)
+    rollout = Rollout(engine, tokenizer, search, TAGS, limits, deterministic=not torch.cuda.is_available())
+    total, before = len(questions) * args.max_rollouts, sum(map(len, verdicts.values()))
+    bar = tqdm(desc="at most", total=total, initial=before, unit=" rollouts")
+    with open(notes, "a", buffering=1) as file, bar:  # line by line, so that a killed call keeps them
+        for name, right in roll_out_until_right(rollout, encode, questions, verdicts, args):
+            file.write(json.dumps([name, right]) + "\n")
+            bar.total -= (args.max_rollouts - len(verdicts[name])) * right  # those that are spared
+            bar.update()
+    counted = [q | {"rollouts": len(verdicts[q["id"]]), "solved": True in verdicts[q["id"]]} for q in questions]
+    write_jsonl(args.out, counted)
+    notes.unlink()
+    for (unsolved, rollouts), count in sorted(Counter((not q["solved"], q["rollouts"]) for q in counted).items()):
+        name = "unsolved after" if unsolved else "solved by"
+        print(f"{name:>14} {rollouts:3} {count:6} {'#' * (60 * count // len(counted))}")
+    levels = Counter(level(q["rollouts"], q["solved"]) for q in counted)
+    print(f"{args.out}: {len(counted)} questions, {', '.join(f'{count} {name}' for name, count in levels.most_common())}")
+
+
+STAGES = {  # the paper's counts
+    1: ["hotpotqa:medium:200", "2wiki:medium:150"],
+    2: ["hotpotqa:medium:2561", "hotpotqa:hard:2000", "2wiki:medium:1087", "2wiki:hard:2500"],
+}
+
+
+def parse_draw(text: str) -> tuple[str, str, int]:
+    """DATASET:LEVEL:COUNT. An `argparse` type."""
+    dataset, difficulty, count = text.split(":")
+    if difficulty not in ("easy", "medium", "hard") or int(count) < 1:
+        raise ValueError
+    return dataset, difficulty, int(count)
+
+
+def make_mix(args: argparse.Namespace) -> None:
+    """Write the asked counts, in random order, without any question of the test sets or any text twice.
+
+    Raises:
+        ValueError: there are too few; all that is missing is named.
+    """
+    from reward import normalize
+
+    refuse_to_overwrite(args.out)
+    seen = {normalize(q["question"]) for file in args.exclude for q in read_questions(file)}
+    keys = ("id", "question", "answers", "dataset", "rollouts", "solved")
+    files = [
+        read_jsonl(f, lambda r: {key: r[key] for key in keys}, f"a question with {', '.join(keys)}") for f in args.questions
+    ]
+    pools: dict[tuple[str, str], list[dict]] = {}
+    for record in chain(*files):
+        if (text := normalize(record["question"])) not in seen:
+            seen.add(text)
+            record["difficulty"] = level(record["rollouts"], record["solved"])
+            pools.setdefault((record["dataset"], record["difficulty"]), []).append(record)
+    wanted: Counter[tuple[str, str]] = Counter()
+    for dataset, difficulty, count in args.draw or map(parse_draw, STAGES[args.stage]):
+        wanted[dataset, difficulty] += count
+    have = {key: len(pools.get(key, [])) for key in wanted}
+    if missing := [f"{' '.join(key)} {have[key]} of {count}" for key, count in wanted.items() if have[key] < count]:
+        raise ValueError(f"too few questions: {', '.join(missing)}")
+    rng = random.Random(args.seed)
+    drawn = [record for key, count in wanted.items() for record in rng.sample(pools[key], count)]
+    rng.shuffle(drawn)
+    write_jsonl(args.out, drawn)
+    total, kept = sum(map(len, files)), sum(map(len, pools.values()))
+    print(
+        f"{args.out}: {len(drawn)} questions (--seed {args.seed}); of {total}, {total - kept} are in the test sets or twice"
+    )
+
+
+def add_difficulty_arguments(parser: argparse.ArgumentParser) -> None:
+    from reward import METRICS, PROMPTS
+    from rollout import Limits
+
+    add = parser.add_argument
+    add("--questions", required=True, help="question file (JSONL)")
+    add("--model", required=True, help="Hugging Face folder (paper: Qwen2.5-7B-Instruct)")
+    add("--retriever", required=True, help="passage file (JSONL), index folder, search server URL or web:PROVIDER")
+    add("--max_rollouts", type=int, default=20, help="give a question up after so many; 20 tell that it is hard")
+    # The authors': each of their 350 stage-1 questions has an answer that acc_r takes among its 10, for em or f1 264 have
+    add(
+        "--right",
+        choices=METRICS,
+        default="acc_r",
+        help="the metric that is 1 of a right answer (default acc_r, the authors')",
+    )
+    add("--prompt_file", default="chat", help=f"one of {', '.join(PROMPTS)}, or a text file with {{question}} in it")
+    add("--engine", default="vllm", choices=["vllm", "transformers"])
+    add("--gpu_memory_utilization", type=float, default=0.9, help="the engine's share of the GPU")
+    for name, value in vars(Limits()).items():
+        add(f"--{name}", type=type(value), default=value, help=f"default {value}")
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     demo = commands.add_parser("demo", help="the demo's model, passages and questions")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder to fill")
     demo.add_argument("--seed", type=int, default=0, help="of the world")
+    questions = commands.add_parser("questions", help="published data sets to questions")
+    questions.add_argument(
+        "--format", choices=[*ID_FIELDS, "r1-searcher"], required=True, help="r1-searcher: its released sets"
+    )
+    questions.add_argument("--source", required=True, help="file (JSON, JSONL or CSV) or hf://datasets/OWNER/NAME/FILE")
+    questions.add_argument("--sample", type=int, default=0, help="draw so many (the paper's test sets: 500); 0 is all")
+    difficulty = commands.add_parser("difficulty", help="roll questions out until the first right answer")
+    add_difficulty_arguments(difficulty)
+    mix = commands.add_parser("mix", help="draw a training set by data set and difficulty")
+    mix.add_argument("--questions", type=Path, nargs="+", required=True, help="what `difficulty` wrote")
+    mix.add_argument("--exclude", type=Path, nargs="*", default=[], help="test sets (JSONL), of which none may be drawn")
+    counts = mix.add_mutually_exclusive_group(required=True)
+    counts.add_argument("--stage", type=int, choices=STAGES, help="the paper's counts")
+    counts.add_argument(
+        "--draw", type=parse_draw, nargs="+", metavar="DATASET:LEVEL:COUNT", help="LEVEL: easy, medium or hard"
+    )
+    recipe = ((questions, make_questions, "draw"), (difficulty, make_difficulty, "sampling"), (mix, make_mix, "draw"))
+    for command, handler, what in recipe:
+        command.add_argument("--seed", type=int, default=0, help=f"of the {what}")
+        command.add_argument("--out", type=Path, required=True, help="file to write")
+        command.set_defaults(handler=handler)
     kilt = commands.add_parser("kilt", help="KILT's knowledge source in passages of 100 words")
     corpus = commands.add_parser("corpus", help="other published corpora to passages")
     corpus.add_argument(
@@ -369,8 +662,10 @@ def main(argv: list[str] | None = None) -> None:
     with user_errors("data_prep.py"):
         if args.command == "demo":
             make_demo(args.out, args.seed)
-        else:
+        elif args.command in ("kilt", "corpus"):
             make_corpus(args.source, args.out, args.format, args.workers)
+        else:
+            args.handler(args)
 
 
 if __name__ == "__main__":

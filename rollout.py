@@ -74,7 +74,7 @@ class Engine(Protocol):
     def wake_up(self) -> None: ...
 
 
-def derive_seed(*parts: int) -> int:
+def derive_seed(*parts: int | str) -> int:
     """A 31-bit seed that depends on all parts and on nothing else (not on the rank, not on the process)."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1
@@ -147,14 +147,18 @@ class Rollout:
         self._encode = data_encoder(tokenizer)
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="search")
 
-    def run(self, episodes: Iterable[Episode], max_running: int = 256) -> Iterator[Episode]:
-        """Yield each episode as it finishes. `episodes` is read lazily: at most `max_running` are under way."""
+    def run(self, episodes: Iterable[Episode | None], max_running: int = 256) -> Iterator[Episode]:
+        """Yield each episode as it finishes. `episodes` is read lazily: at most `max_running` are under way.
+
+        None says that there is none to start now; as long as others are under way `episodes` is asked again.
+        """
         waiting = iter(episodes)
         decoding: dict[int, Episode] = {}  # by key
         searching: dict[Future, list[Episode]] = {}  # in the order of submission
         key = 0
         while True:
-            ready = list(islice(waiting, max_running - len(decoding) - sum(map(len, searching.values()))))
+            places = max_running - len(decoding) - sum(map(len, searching.values()))
+            ready = [episode for episode in islice(waiting, places) if episode is not None]
             for episode in ready:
                 episode.add("prompt", episode.prompt_ids, self.tokenizer.decode(episode.prompt_ids))
             for future in self._arrived(searching, wait_for_one=not decoding and not ready):

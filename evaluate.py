@@ -1,17 +1,37 @@
-"""Evaluation: `python evaluate.py run` answers a question file with a model and a retriever and scores the answers.
+"""Evaluation: what a model answers to question files, scored, with the protocol and 95 % intervals.
 
-It uses the loop, the prompt and the rules of training (the official code has other prompts, stops and caps in training than
-in evaluation). Every question of the file is answered and counted, in the file's order; decoding is greedy by default.
+    python evaluate.py run --model M --questions a.jsonl b.jsonl --retriever R --out DIR   # interrupted, it goes on
+    python evaluate.py score DIR/transcripts.jsonl    # or outputs as R1-Searcher released them
+    python evaluate.py judge DIR/transcripts.jsonl --base_url http://127.0.0.1:8000/v1 --model NAME
+    python evaluate.py plot --runs RUN --evaluations DIR
+
+`run` uses the loop, the prompt and the rules of training (the official code has other prompts, stops and caps in training
+than in evaluation). Every question of every file is answered and counted once; decoding is greedy by default.
 """
 
 import argparse
+import hashlib
 import json
-from collections.abc import Iterable
+import os
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 from pathlib import Path
 
-from retriever import open_retriever, read_jsonl, read_questions, user_errors, write_jsonl
-from reward import FORMAT_RULES, METRICS, PROMPTS, TAGS, judge, load_prompt
+import retriever
+from retriever import clean, fingerprint, read_jsonl, read_questions, texts, user_errors, write_jsonl, write_text
+from reward import FORMAT_RULES, JUDGE_PROMPT, METRICS, PROMPTS, TAGS, best, contiguous_match, judge, load_prompt, verdict
 from rollout import Episode, Limits, Rollout, derive_seed, make_engine, prompt_encoder
+
+VERSION = 2  # of the protocol: to be raised when the same model would get other numbers
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Records, and what is said of many
 
 
 def grade(episode: Episode, reward: str) -> None:
@@ -31,6 +51,11 @@ def record(episode: Episode) -> dict:
         "response_len": sum(episode.action_mask),
         "segments": episode.segments,
     }
+
+
+def identity(question: dict) -> tuple[str, str]:
+    """Ids are unique within a dataset: those of the released files all count from 1."""
+    return question["dataset"], question["id"]
 
 
 def summarize(records: list[dict]) -> dict[str, float]:
@@ -55,69 +80,341 @@ def summarize(records: list[dict]) -> dict[str, float]:
     }
 
 
-def summarize_by_dataset(records: list[dict]) -> dict[str, dict[str, float]]:
-    """`summarize` of each dataset among the records, and of all of them as "all"."""
+def summarize_evaluation(records: list[dict]) -> dict[str, float]:
+    """`summarize` with every number a mean over questions: failed searches as the share of questions that had one."""
+    result = summarize(records)
+    del result["search_failures"]
+    return result | {"search_failed_rate": sum(r["search_failures"] > 0 for r in records) / len(records)}
+
+
+def measure(records: list[dict], summary: Callable[[list[dict]], dict[str, float]]) -> dict:
+    """`summary` of the records with 95 % `intervals`: percentiles of 2,000 bootstrap resamples of the questions, seed 0."""
+    import numpy as np
+
+    result, n = summary(records), len(records)
+    names = [name for name in result if name != "n"]
+    values = np.array([[each.get(name, 0.0) for name in names] for each in (summary([r]) for r in records)])  # (N, M)
+    random = np.random.default_rng(0)
+    draws = (random.multinomial(n, np.full(n, 1 / n), size=100) for _ in range(20))  # how often each question is drawn
+    means = np.concatenate([times @ values / n for times in draws])  # (2000, M)
+    bounds = np.percentile(means, [2.5, 97.5], axis=0).round(6).T.tolist()
+    return result | {"intervals": dict(zip(names, bounds, strict=True))}
+
+
+def measure_by_dataset(records: list[dict], summary: Callable[[list[dict]], dict[str, float]]) -> dict[str, dict]:
+    """`measure` of each dataset among the records, and of all of them as "all"."""
     names = sorted({r["dataset"] for r in records})
-    parts = {name: summarize([r for r in records if r["dataset"] == name]) for name in names}
-    return parts if len(parts) == 1 else parts | {"all": summarize(records)}
+    parts = {name: measure([r for r in records if r["dataset"] == name], summary) for name in names}
+    return parts if len(parts) == 1 else parts | {"all": measure(records, summary)}
 
 
-def answer(rollout: Rollout, encode, questions: list[dict], seed: int = 0, reward: str = "stage2") -> Iterable[dict]:
-    """Roll the questions out and yield a judged record for each as it finishes."""
-    episodes = (Episode(q, encode(q["question"]), seed=derive_seed(seed, i)) for i, q in enumerate(questions))
-    for episode in rollout.run(episodes):
-        grade(episode, reward)
-        yield record(episode)
+def read_results(folders: list[Path]) -> dict[str, dict]:
+    """The results of several evaluations, by folder and dataset; with ACC_L where `judge` has been there."""
+    results = {}
+    for folder in folders:
+        saved = json.loads((folder / "metrics.json").read_text())["results"]
+        judged = folder / "transcripts.judged.jsonl"
+        for dataset, scores in measure_by_dataset(read_outputs(judged), score).items() if judged.exists() else ():
+            if "acc_l" in scores:
+                saved[dataset]["acc_l"] = scores["acc_l"]
+                saved[dataset].setdefault("intervals", {})["acc_l"] = scores["intervals"]["acc_l"]
+        results |= {f"{folder.name} {dataset}": result for dataset, result in saved.items()}
+    return results
 
 
-def read_results(folders: list[Path]) -> dict[str, dict[str, float]]:
-    """The results of several evaluations, by folder and dataset."""
-    saved = {folder.name: json.loads((folder / "metrics.json").read_text())["results"] for folder in folders}
-    return {f"{folder} {dataset}": result for folder, results in saved.items() for dataset, result in results.items()}
+COLUMNS = """
+    n em f1 acc_r acc_r_contiguous acc_l search_rate searches format_rate truncated_rate search_failed_rate
+""".split()
 
 
-def table(results: dict[str, dict[str, float]]) -> str:
-    """Results by name as an aligned table: percent for shares, plain numbers for counts."""
-    columns = ["n", "em", "f1", "acc_r", "search_rate", "searches", "format_rate", "truncated_rate"]
-    plain = {"n": "{:d}", "searches": "{:.2f}"}
+def show(column: str, value: float | list[float] | None) -> str:
+    """A cell: percent, or a plain number for a count; an interval as low-high; nothing for what was not measured."""
+    if isinstance(value, list):
+        return "-".join(show(column, bound) for bound in value).replace("%-", "-")
+    return "" if value is None else {"n": f"{value:.0f}", "searches": f"{value:.2f}"}.get(column, f"{value:.1%}")
+
+
+def table(results: dict[str, dict]) -> str:
+    """Results by name as an aligned table, of each the numbers and, where it has them, their intervals beneath."""
+    columns = [c for c in COLUMNS if any(c in result for result in results.values())]
     rows = [["", *columns]]
     for name, result in results.items():
-        rows.append([name, *(plain.get(c, "{:.1%}").format(result[c]) for c in columns)])
+        rows.append([name, *(show(c, result.get(c)) for c in columns)])
+        if "intervals" in result:
+            rows.append(["  95 %", *(show(c, result["intervals"].get(c)) for c in columns)])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [[name.ljust(widths[0]), *map(str.rjust, cells, widths[1:])] for name, *cells in rows]
     return "\n".join("  ".join(line) for line in lines)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Answer, score, write `transcripts.jsonl` and `metrics.json` into `--out`."""
+# ---------------------------------------------------------------------------------------------------------------------
+# run: answer question files
+
+# On a CPU vLLM's numbers depend on which sequences share a step, and so, now and then, does a greedy answer. Groups of
+# questions that run by themselves, after one another, are the same in a run that was interrupted.
+GROUP = 16
+
+
+def answer(rollout: Rollout, encode, questions: list[dict], seed: int = 0, reward: str = "stage2") -> Iterable[dict]:
+    """Roll the questions out and yield a judged record for each as it finishes."""
+    episodes = (Episode(q, encode(q["question"]), seed=derive_seed(seed, *identity(q))) for q in questions)
+    for episode in rollout.run(episodes):
+        grade(episode, reward)
+        yield record(episode)
+
+
+def read_question_files(paths: list[str], limit: int) -> list[dict]:
+    """The questions of all files, of each the first `limit` (0: all); errors as in `read_questions`."""
+    questions = [question for path in paths for question in read_questions(path)[: limit or None]]
+    for (dataset, name), times in Counter(map(identity, questions)).items():
+        if times > 1:
+            raise ValueError(f"--questions: id {name!r} of dataset {dataset!r} is in {times} of the files")
+    return questions
+
+
+def model_fingerprint(model: str) -> str:
+    """Of every file in the model's folder; of a name on the hub the revision."""
+    from transformers.utils import cached_file
+
+    try:
+        folder = Path(cached_file(model, "config.json")).parent
+    except (OSError, ValueError):
+        raise FileNotFoundError(f"{model}: neither a model folder nor a model of the hub (--model)") from None
+    if not Path(model).is_dir():
+        return folder.name
+    files = sorted(file for file in folder.iterdir() if file.is_file())
+    return hashlib.sha256("".join(f"{file.name} {fingerprint(file)}\n" for file in files).encode()).hexdigest()
+
+
+def commit() -> str:
+    """The commit of this code, with "-dirty" if it was changed; "unknown" outside a repository or without git."""
+    command = "git describe --always --dirty --abbrev=40 --exclude=*".split()
+    try:
+        return subprocess.check_output(command, cwd=Path(__file__).parent, stderr=subprocess.DEVNULL, text=True).strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def describe(args: argparse.Namespace) -> dict:
+    """The protocol: all that the numbers depend on."""
+    prompt, source = json.dumps(load_prompt(args.prompt_file)).encode(), Path(args.retriever)
+    corpus = source / "index.json" if source.is_dir() else source  # an index names its corpus by fingerprint
+    return {
+        "evaluator": VERSION,
+        "commit": commit(),
+        "model": {"path": args.model, "fingerprint": model_fingerprint(args.model)},
+        "questions": [[path, fingerprint(path)] for path in args.questions],
+        "limit": args.limit,
+        "retriever": {"source": args.retriever, "fingerprint": fingerprint(corpus) if corpus.is_file() else None},
+        "prompt": {"name": args.prompt_file, "sha256": hashlib.sha256(prompt).hexdigest()},
+        "engine": args.engine,
+        "seed": args.seed,
+        **{name: getattr(args, name) for name in Limits.__dataclass_fields__},
+    }
+
+
+def refuse_another(file: Path, before: dict, now: dict, may_differ: tuple[str, ...] = ()) -> None:
+    other = [name for name in now if name not in may_differ and before.get(name) != now[name]]
+    if other:
+        raise ValueError(f"{file}: holds another evaluation ({', '.join(other)}); give another --out")
+
+
+def resume(journal: Path, protocol: dict, questions: list[dict], group: int) -> list[dict]:
+    """What an interrupted run left, in the questions' order: those of whole groups. The others go.
+
+    Raises:
+        ValueError: the journal is of another protocol, or it is damaged other than by a half-written last line.
+    """
+    lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []
+    with retriever.whole(journal):
+        before, *records = map(json.loads, lines or [json.dumps(protocol)])
+    refuse_another(journal, before, protocol)
+    finished = {identity(r): r for r in records}
+    groups = [[identity(q) for q in questions[i : i + group]] for i in range(0, len(questions), group)]
+    kept = [finished[name] for names in groups if finished.keys() >= set(names) for name in names]
+    write_jsonl(journal, [protocol, *kept])
+    return kept
+
+
+def roll_out(args: argparse.Namespace, questions: list[dict], journal: Path, protocol: dict) -> list[dict]:
+    """A record of each question, in order: those that the journal has, the others as they finish, into the journal first."""
     import torch
     from tqdm import tqdm
     from transformers import AutoTokenizer
 
-    questions = read_questions(args.questions)[: args.limit or None]
-    search = open_retriever(args.retriever).search
-    args.out.mkdir(parents=True, exist_ok=True)
-    protocol = {key: str(value) for key, value in vars(args).items() if key not in ("out", "handler")}
-    metrics_file, transcripts = args.out / "metrics.json", args.out / "transcripts.jsonl"
-    if metrics_file.exists():
-        done = json.loads(metrics_file.read_text())
-        if done["protocol"] != protocol:
-            raise ValueError(f"{metrics_file}: holds another evaluation; give another --out")
-        print(f"{args.out}: evaluated already")
-    else:
-        limits = Limits(**{name: getattr(args, name) for name in Limits.__dataclass_fields__})
+    on_gpu = torch.cuda.is_available()  # there no two runs are alike to the bit, and nothing is gained by groups
+    grouped = args.engine == "vllm" and not on_gpu
+    records = resume(journal, protocol, questions, GROUP if grouped else 1)
+    done = set(map(identity, records))
+    left = [question for question in questions if identity(question) not in done]
+    if left:
+        search = retriever.open_retriever(args.retriever).search
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         encode = prompt_encoder(tokenizer, load_prompt(args.prompt_file))
         engine = make_engine(args.engine, args.model, args.max_context, args.gpu_memory_utilization)
-        rollout = Rollout(engine, tokenizer, search, TAGS, limits, deterministic=not torch.cuda.is_available())
-        records = list(tqdm(answer(rollout, encode, questions, args.seed), "evaluate", len(questions), unit="q"))
-        order = {q["id"]: i for i, q in enumerate(questions)}
-        records.sort(key=lambda r: order[r["id"]])
+        limits = Limits(**{name: getattr(args, name) for name in Limits.__dataclass_fields__})
+        rollout = Rollout(engine, tokenizer, search, TAGS, limits, deterministic=not on_gpu)
+        size = GROUP if grouped else len(left)
+        bar = tqdm(desc="evaluate", total=len(questions), initial=len(records), unit="q")
+        with open(journal, "a", encoding="utf-8") as stream, bar:
+            for start in range(0, len(left), size):
+                if grouped:
+                    engine.llm.reset_prefix_cache()  # what it holds changes the numbers too
+                for finished in answer(rollout, encode, left[start : start + size], args.seed):
+                    stream.write(json.dumps(finished, ensure_ascii=False) + "\n")
+                    stream.flush()
+                    records.append(finished)
+                    bar.update()
+        if rollout.search_error:
+            print(f"searches failed, the last one with: {rollout.search_error}", file=sys.stderr)
+    order = {identity(question): place for place, question in enumerate(questions)}
+    records.sort(key=lambda r: order[identity(r)])
+    assert list(map(identity, records)) == list(order), "a question is missing or there twice"
+    return records
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answer, score, write `transcripts.jsonl` and `metrics.json` into `--out`."""
+    questions, protocol = read_question_files(args.questions, args.limit), describe(args)
+    args.out.mkdir(parents=True, exist_ok=True)
+    metrics_file, transcripts = args.out / "metrics.json", args.out / "transcripts.jsonl"
+    journal = args.out / "answered.jsonl.partial"
+    if metrics_file.exists():
+        before = json.loads(metrics_file.read_text())["protocol"]
+        refuse_another(metrics_file, before, protocol, may_differ=("commit",))  # of those that answered
+        print(f"{args.out}: evaluated already")
+    else:
+        records = roll_out(args, questions, journal, protocol)
         write_jsonl(transcripts, records)
-        done = {"protocol": protocol, "results": summarize_by_dataset(records)}
-        metrics_file.write_text(json.dumps(done, indent=1))
-    print(table(done["results"]))
+        done = {"protocol": protocol, "results": measure_by_dataset(records, summarize_evaluation)}
+        write_text(metrics_file, json.dumps(done, indent=1))
+    journal.unlink(missing_ok=True)
+    print(table(read_results([args.out])))
     print(f"transcripts: {transcripts}\nmetrics: {metrics_file}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# score and judge: outputs that are there already
+
+SCORES = METRICS | {"acc_r_contiguous": contiguous_match}
+
+
+def read_outputs(path: Path) -> list[dict]:
+    """Every line of `transcripts.jsonl` or of a released file (`question, answer, pred_ans, gpt4o_output`) as an output.
+
+    An output is `{"record": the line, "dataset", "question", "answers", "prediction", "reply": the judge's, None without}`.
+    """
+    numbers = count()
+
+    def parse(line: dict) -> dict:
+        line = json.loads(clean(json.dumps(line, ensure_ascii=False)))
+        gold, prediction = ("answer", "pred_ans") if "pred_ans" in line else ("answers", "answer")
+        answers = [a for a in texts(line[gold]) if a]
+        if not answers:
+            raise ValueError("a question without an answer")
+        return {
+            "id": next(numbers),  # released files have none, and may ask a question twice
+            "record": line,
+            "dataset": line.get("dataset") or path.stem,
+            "question": line["question"],
+            "answers": answers,
+            "prediction": " ".join(texts(line[prediction])),
+            "reply": line.get("judge_reply", line.get("gpt4o_output")),
+        }
+
+    return read_jsonl(path, parse, '{"question", "answers", "answer"} or {"question", "answer", "pred_ans"}')
+
+
+def score(outputs: list[dict]) -> dict[str, float]:
+    """Mean of each of `SCORES` and, if any output was judged, ACC_L over all of them."""
+    scores = {
+        name: sum(best(metric, o["prediction"], o["answers"]) for o in outputs) / len(outputs)
+        for name, metric in SCORES.items()
+    }
+    verdicts = [verdict(o["reply"]) for o in outputs]
+    acc_l = {"acc_l": verdicts.count(True) / len(outputs)} if set(verdicts) != {None} else {}
+    return {"n": len(outputs), **scores, **acc_l}
+
+
+def show_verdicts(outputs: list[dict], missing: str) -> bool:
+    """Say on stderr how many were judged; True if all were."""
+    judged = sum(verdict(o["reply"]) is not None for o in outputs)
+    without = sum(o["reply"] is None for o in outputs)
+    print(f"judged {judged}, unparsed {len(outputs) - judged - without}, {missing} {without}", file=sys.stderr)
+    return judged == len(outputs)
+
+
+def run_score(args: argparse.Namespace) -> None:
+    outputs = read_outputs(args.file)
+    show_verdicts(outputs, "not judged")
+    if args.json:
+        percents = {name: round(100 * value, 1) for name, value in score(outputs).items() if name != "n"}
+        print(json.dumps({"n": len(outputs), **percents, "acc_l": percents.get("acc_l")}))
+    else:
+        print(table(measure_by_dataset(outputs, score)))
+
+
+def ask_judge(args: argparse.Namespace, prompts: list[str]) -> dict[str, str | None]:
+    """The judge's reply to each prompt, from the cache if it is there; None where the request failed for good."""
+    import requests
+    from tqdm import tqdm
+
+    url, key = args.base_url.rstrip("/") + "/chat/completions", os.environ.get("OPENAI_API_KEY")
+    headers, lock, failures = {"Authorization": f"Bearer {key}"} if key else {}, threading.Lock(), []
+    args.cache.parent.mkdir(parents=True, exist_ok=True)
+    cache = sqlite3.connect(args.cache, timeout=60, check_same_thread=False, isolation_level=None)
+    cache.execute("CREATE TABLE IF NOT EXISTS replies (url, model, prompt, reply, PRIMARY KEY (url, model, prompt))")
+
+    def ask(prompt: str) -> str | None:
+        asked = (url, args.model, prompt)
+        with lock:
+            row = cache.execute("SELECT reply FROM replies WHERE (url, model, prompt) = (?, ?, ?)", asked).fetchone()
+        if row is None:
+            messages = [{"role": "user", "content": prompt}]
+            body = {"model": args.model, "messages": messages, "temperature": 0, "max_tokens": 16}
+            try:
+                answered = retriever.fetch(requests, "POST", url, json=body, headers=headers)
+                with retriever.shape_of(url):
+                    (choice,) = answered["choices"]
+                    row = (clean(str(choice["message"]["content"] or "")),)
+            except RuntimeError as error:
+                failures.append(str(error).replace(key, "***") if key else str(error))  # a server may quote what it refuses
+                return None
+            with lock:
+                cache.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", asked + row)
+        return row[0]
+
+    different = list(dict.fromkeys(prompts))
+    pool = ThreadPoolExecutor(args.concurrency)
+    try:
+        replies = list(tqdm(pool.map(ask, different), "judge", len(different), unit="q"))
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for those that wait
+    if failures:
+        print(f"{len(failures)} requests failed, the last one: {failures[-1]}", file=sys.stderr)
+    return dict(zip(different, replies, strict=True))
+
+
+def run_judge(args: argparse.Namespace) -> None:
+    """Write the records with the judge's reply and verdict beside; status 1 if some have none."""
+    outputs, out = read_outputs(args.file), args.out or args.file.with_suffix(".judged.jsonl")
+    if out.resolve() == args.file.resolve():
+        raise ValueError(f"{out}: --out is the file to be judged")
+    prompts = [JUDGE_PROMPT.format(**o | {"answers": " | ".join(o["answers"])}) for o in outputs]
+    replies = ask_judge(args, prompts)
+    for output, prompt in zip(outputs, prompts, strict=True):
+        output["reply"] = reply = replies[prompt]
+        output["record"] |= {"judge": verdict(reply), "judge_reply": reply, "judge_model": args.model}
+    write_jsonl(out, [output["record"] for output in outputs])
+    complete, scores = show_verdicts(outputs, "failed"), score(outputs)
+    note = "" if complete else ", those without a verdict counted as not right"
+    print(f"ACC_L over all {len(outputs)} questions{note}: {scores['acc_l']:.1%}" if "acc_l" in scores else "ACC_L: none")
+    print(f"judged outputs: {out}")
+    sys.exit(0 if complete else 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# plot: training curves
 
 
 def plot(args: argparse.Namespace) -> None:
@@ -150,6 +447,78 @@ def plot(args: argparse.Namespace) -> None:
         print(table(read_results(args.evaluations)))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The report: report.html is the page, the data goes into it as JSON
+
+
+def read_for_page(text: bytes, source: str) -> dict:
+    """JSON of a file of ours: NaN, which a browser's JSON lacks, is null; what is named like a key stays behind."""
+
+    def without_keys(entries: dict) -> dict:
+        return {name: value for name, value in entries.items() if not name.upper().endswith("API_KEY")}
+
+    try:
+        return json.loads(text, parse_constant=lambda name: None, object_hook=without_keys)
+    except ValueError as error:
+        raise ValueError(f"{source}: expected JSON, got {error!r}") from None
+
+
+def read_log(path: Path, limit: int | None = None) -> tuple[list[dict], int]:
+    """`limit` records of a JSONL file, evenly spread over it, and how many it holds.
+
+    A last line without its new line is left out: its run is still writing, or was killed while it did.
+    """
+    from tqdm import tqdm
+
+    with open(path, "rb") as lines:
+        total = sum(line.endswith(b"\n") for line in lines)
+    kept = total if limit is None else min(limit, total)
+    chosen = {i * total // kept for i in range(kept)}
+    with open(path, "rb") as lines:
+        shown = tqdm(enumerate(lines, 1), f"reading {path}", total, delay=2)
+        return [read_for_page(line, f"{path}:{number}") for number, line in shown if number - 1 in chosen], total
+
+
+def read_folder(folder: Path, limit: int) -> dict:
+    """What the page shows of a folder of `train.py` or of `evaluate.py run`, with at most `limit` of its trajectories."""
+    trained = not (folder / "metrics.json").exists()
+    needed = ("config.json", "metrics.jsonl") if trained else ("metrics.json",)
+    if missing := [name for name in needed if not (folder / name).exists()]:
+        raise FileNotFoundError(f"{folder}: no evaluation (metrics.json), and no training run: {', '.join(missing)} missing")
+    settings = read_for_page((folder / needed[0]).read_bytes(), str(folder / needed[0]))
+    logs = ("trajectories.jsonl",) if trained else ("transcripts.judged.jsonl", "transcripts.jsonl")
+    log = next((folder / name for name in logs if (folder / name).exists()), None)
+    lines, total = read_log(log, limit) if log else ([], None)
+    try:
+        if trained:
+            lines = [{"step": line.pop("step")} | record(Episode(**line)) for line in lines]
+            parts = {"settings": settings, "metrics": read_log(folder / "metrics.jsonl")[0]}
+        else:
+            results = {name.removeprefix(f"{folder.name} "): result for name, result in read_results([folder]).items()}
+            parts = {"settings": settings["protocol"], "results": results}
+        lines = [line | {name: line[name] for name in ("question", "answers", "segments", "failed_rule")} for line in lines]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder}: not of this project, or of another version: {error!r}") from None
+    return parts | {"name": folder.resolve().name, "trajectories": lines, "total": total}
+
+
+def report(args: argparse.Namespace) -> None:
+    """Write one HTML page of runs and evaluations: results, curves, trajectories, settings."""
+    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
+    head, _, tail = template.partition("DATA")
+    if args.out.exists() and not args.out.read_bytes().startswith(f"{head}{{".encode()):
+        raise ValueError(f"{args.out}: exists and is not such a report; give another --out")
+    runs = [read_folder(folder, max(0, args.max_trajectories) // len(args.runs)) for folder in args.runs]
+    if len({run["name"] for run in runs}) < len(runs):
+        runs = [run | {"name": str(folder)} for run, folder in zip(runs, args.runs, strict=True)]
+    rules = {rule.__name__: rule.__doc__ for rule in FORMAT_RULES}
+    data = json.dumps({"tags": TAGS._asdict(), "rules": rules, "runs": runs})  # ASCII: U+2028 and the like are escaped
+    for character in "<>&":  # so that no passage can close the script that holds it
+        data = data.replace(character, f"\\u{ord(character):04x}")
+    write_text(args.out, head + data + tail)
+    print(f"report: {args.out}")
+
+
 def add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
     """What a rollout needs: model, retriever, prompt, limits."""
     add = parser.add_argument
@@ -165,20 +534,50 @@ def add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{name}", type=type(value), default=value, help=f"default {value}")
 
 
+SCORE_HELP = """
+EM, F1 and, of the accuracies, ACC_R: every gold token occurs in the prediction, in any order (as the official evaluator
+computes it); ACC_R_CONTIGUOUS: they occur in one piece and in order; ACC_L: the share of all questions whose verdict in the
+file is True. Tokens are lower-case, without punctuation and articles; of several gold answers the best counts."""
+JUDGE_HELP = """
+The key, if the server wants one, comes from OPENAI_API_KEY. Replies are cached by server, model and prompt, so that a second
+call asks only what is missing. A reply that is not True or False is unparsed; it and a request that failed count as not
+right in ACC_L, which is over all questions. Exit status 1 if any has no verdict."""
+JUDGE_CACHE = Path.home() / ".cache" / "nanosearcher" / "judge.sqlite"
+
+
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    run_parser = commands.add_parser("run", help="answer a question file and score the answers")
+    run_parser = commands.add_parser("run", help="answer question files and score the answers")
     add_rollout_arguments(run_parser)
-    run_parser.add_argument("--questions", required=True, help="question file (JSONL)")
-    run_parser.add_argument("--limit", type=int, default=0, help="only the first so many questions; 0 is all")
+    run_parser.add_argument("--questions", nargs="+", required=True, help="question files (JSONL)")
+    run_parser.add_argument("--limit", type=int, default=0, help="only the first so many questions of each file; 0 is all")
     run_parser.add_argument("--out", type=Path, required=True, help="folder for transcripts.jsonl and metrics.json")
     run_parser.set_defaults(handler=run)
+    score_parser = commands.add_parser("score", help="metrics of outputs", description=SCORE_HELP)
+    score_parser.add_argument("--json", action="store_true", help="one object, in percent")
+    score_parser.set_defaults(handler=run_score)
+    judge_parser = commands.add_parser("judge", help="ACC_L: have a language model judge outputs", description=JUDGE_HELP)
+    judge_parser.add_argument(
+        "--base_url", required=True, help="of an OpenAI-compatible server, such as http://127.0.0.1:8000/v1"
+    )
+    judge_parser.add_argument("--model", required=True, help="the judge, as the server calls it")
+    judge_parser.add_argument("--out", type=Path, help="default: FILE with .judged.jsonl for its suffix")
+    judge_parser.add_argument("--concurrency", type=int, default=8, help="requests at a time (default 8)")
+    judge_parser.add_argument("--cache", type=Path, default=JUDGE_CACHE, help=f"of replies (default {JUDGE_CACHE})")
+    judge_parser.set_defaults(handler=run_judge)
+    for outputs_parser in (score_parser, judge_parser):
+        outputs_parser.add_argument("file", type=Path, help="transcripts.jsonl, or outputs as R1-Searcher released them")
     plot_parser = commands.add_parser("plot", help="training curves as a PNG, evaluations as a table")
     plot_parser.add_argument("--runs", type=Path, nargs="+", required=True, help="run folders of train.py, in order")
     plot_parser.add_argument("--evaluations", type=Path, nargs="*", default=[], help="--out folders of evaluate.py run")
     plot_parser.add_argument("--out", type=Path, default=Path("curves.png"))
     plot_parser.set_defaults(handler=plot)
+    report_parser = commands.add_parser("report", help="one HTML page: curves, results, trajectories to read")
+    report_parser.add_argument("runs", type=Path, nargs="+", help="folders of train.py or evaluate.py run, in order")
+    report_parser.add_argument("--out", type=Path, required=True, help="the page; a report there already is replaced")
+    report_parser.add_argument("--max_trajectories", type=int, default=2000, help="in equal shares (default 2000)")
+    report_parser.set_defaults(handler=report)
     return parser.parse_args(argv)
 
 

@@ -151,6 +151,12 @@ def read_passages(path: str | Path) -> list[Passage]:
     return [passage for _, passage in scan_passages(path)]
 
 
+def texts(answers: str | bool | list | None) -> list[str]:
+    """Answers as the data sets write them, as texts: one or a list, booleans for yes and no, null for none."""
+    answers = answers if isinstance(answers, list) else [answers]
+    return [("no", "yes")[a] if isinstance(a, bool) else str(a).strip() for a in answers if a is not None]
+
+
 def read_questions(path: str | Path) -> list[dict]:
     """Questions as `{"id", "question", "answers", "dataset"}`; errors as in `read_jsonl`.
 
@@ -158,9 +164,7 @@ def read_questions(path: str | Path) -> list[dict]:
     """
 
     def parse(record: dict) -> dict:
-        answers = record["answers"] if "answers" in record else record["answer"]
-        answers = answers if isinstance(answers, list) else [answers]
-        answers = [("no", "yes")[a] if isinstance(a, bool) else str(a).strip() for a in answers if a is not None]
+        answers = texts(record["answers"] if "answers" in record else record["answer"])
         if not record["question"].strip() or not any(answers):
             raise ValueError("a question without text or answer")
         return {

@@ -190,12 +190,34 @@ def cover_exact_match(prediction: str, gold: str) -> float:
     return float(set(normalize(gold).split()) <= set(normalize(prediction).split()))
 
 
+def contiguous_match(prediction: str, gold: str) -> float:
+    """The gold answer occurs in the prediction in one piece: the stricter reading of ACC_R, for comparison only."""
+    return float(f" {normalize(gold)} " in f" {normalize(prediction)} ")
+
+
 METRICS: dict[str, Callable[[str, str], float]] = {"em": exact_match, "f1": f1, "acc_r": cover_exact_match}
 
 
 def best(metric: Callable[[str, str], float], prediction: str, answers: list[str]) -> float:
     """The best value of `metric` over all accepted answers."""
     return max(metric(prediction, gold) for gold in answers)
+
+
+# ACC_L is what a language model says of an answer (paper: GPT-4o-mini).
+JUDGE_PROMPT = """\
+A question was answered. Is the given answer right, that is, does it mean the same as one of the accepted answers?
+
+Question: {question}
+Accepted answers: {answers}
+Given answer: {prediction}
+
+Reply with exactly one word, True or False."""
+
+
+def verdict(reply: str | None) -> bool | None:
+    """What the judge says in one word, True or False; None for anything else."""
+    word = re.fullmatch(r"[\s\"'`*.]*(true|false)[\s\"'`*.]*", str(reply), re.IGNORECASE)
+    return word and word[1].lower() == "true"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """The format, the metrics and the rewards."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from reward import (
     METRICS,
     REWARDS,
     Outcome,
+    contiguous_match,
     cover_exact_match,
     exact_match,
     extract_answer,
@@ -17,6 +20,7 @@ from reward import (
     judge,
     load_prompt,
     normalize,
+    verdict,
 )
 
 GOOD = " I look.\n<|begin_of_query|> x y <|end_of_query|>\nIt is b. </think> <answer> b </answer>"
@@ -137,6 +141,46 @@ def test_metrics_are_bounded_and_ordered(a, b):
     assert f1(a, b) == f1(b, a)
     if normalize(a):
         assert f1(a, a) == 1
+
+
+@given(words, words)
+def test_contiguous_cover_is_between(a, b):
+    assert cover_exact_match(a, b) >= contiguous_match(a, b)
+    if normalize(b):
+        assert contiguous_match(a, b) >= exact_match(a, b)
+
+
+@given(words, words | st.just(""))
+def test_f1_is_1_exactly_for_the_same_tokens(a, b):
+    """In any order, as often. Also with yes and no, whose rule is about answers that differ."""
+    tokens = Counter(normalize(a).split())
+    shuffled = " ".join(sorted(normalize(a).split()))
+    assert f1(a, shuffled) == bool(tokens)
+    assert (f1(a, b) == 1) == (tokens == Counter(normalize(b).split()) and bool(tokens))
+
+
+def test_contiguous_match_is_in_one_piece():
+    assert contiguous_match("the film, Peter Lane", "Peter Lane") == 1.0
+    assert contiguous_match("Lane, Peter", "Peter Lane") == contiguous_match("Peter Lanes", "Peter Lane") == 0.0
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        ("True", True),
+        ("false", False),
+        (' "True".\n', True),
+        ("**False**", False),
+        ("not True", None),
+        ("TrueFalse", None),
+        ("True False", None),
+        ("Yes", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_a_verdict_is_one_word(reply, said):
+    assert verdict(reply) is said
 
 
 @given(st.text())

@@ -134,6 +134,22 @@ def test_episodes_are_drawn_lazily(scripted, tokenizer):
     assert len(list(running)) == 9 and len(drawn) == 10
 
 
+def test_an_episode_may_come_back_after_none(scripted, tokenizer):
+    """None is not the end: what is put in after an episode has finished runs too. Nothing but None is the end."""
+    waiting = ["a", "b"]
+
+    def episodes():
+        while True:
+            yield Episode({"id": waiting.pop(0)}, tokenizer.encode("Question:")) if waiting else None
+
+    finished = []
+    for episode in Rollout(scripted([TELL]), tokenizer, None, TAGS, Limits()).run(episodes()):
+        finished.append(episode.question["id"])
+        if len(finished) < 5:
+            waiting.append(episode.question["id"] + "'")
+    assert finished == ["a", "b", "a'", "b'", "a''", "b''"]
+
+
 def test_no_episode_is_lost_when_those_before_it_cannot_even_start(scripted, tokenizer):
     long, short = tokenizer.encode("Question: " * 50), tokenizer.encode("Question:")
     rollout = Rollout(scripted([TELL]), tokenizer, None, TAGS, Limits(max_context=100))

@@ -16,6 +16,7 @@ holds the passages of both.
 import argparse
 import bz2
 import csv
+import fcntl
 import gzip
 import hashlib
 import io
@@ -28,6 +29,7 @@ import sys
 import tempfile
 import threading
 import zipfile
+import zlib
 from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -284,7 +286,7 @@ def convert(format: str, path: Path, number: int, lines: list[bytes]) -> tuple[b
     for n, line in enumerate(lines, number):
         try:
             passages += FORMATS[format](line, n) if line.strip() else []
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, csv.Error) as error:
             raise ValueError(f"{path}:{n}: not a line of the format {format}, {error!r}") from None
     return "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in passages).encode(errors="replace"), len(passages)
 
@@ -298,10 +300,13 @@ def chunks(source: Path, bar: tqdm) -> Iterator[tuple[Path, int, list[bytes]]]:
     for path in source_files(source):
         number, before = 1, bar.n
         with open(path, "rb") as raw, OPENERS.get(path.suffix, nullcontext)(raw) as file:
-            while lines := file.readlines(1 << 20):
-                yield path, number, lines
-                number += len(lines)
-                bar.update(before + raw.tell() - bar.n)
+            try:
+                while lines := file.readlines(1 << 20):
+                    yield path, number, lines
+                    number += len(lines)
+                    bar.update(before + raw.tell() - bar.n)
+            except (EOFError, zlib.error) as error:
+                raise ValueError(f"{path}: damaged after line {number - 1} ({error})") from None
 
 
 def end_with_parent() -> None:
@@ -318,18 +323,27 @@ def make_corpus(source: Path, out: Path, format: str, workers: int) -> None:
         ValueError: a line is not in the format, `out` is there, or its beginning is of another source.
     """
     partial, note = out.with_name(out.name + ".partial"), out.with_name(out.name + ".progress")
-    size = sum(file.stat().st_size for file in source_files(source))
-    origin = {"source": str(source.resolve()), "format": format, "size": size}
+    files = [file.stat() for file in source_files(source)]
+    size, written = sum(file.st_size for file in files), [file.st_mtime_ns for file in files]
+    origin = {"source": str(source.resolve()), "format": format, "size": size, "written": written}
     done = {"origin": origin, "chunks": 0, "bytes": 0, "passages": 0}
-    if out.exists():
-        raise ValueError(f"{out} is there already; remove it to make it again")
-    if note.exists() and partial.exists():
+    refuse_to_overwrite(out)
+    if source.resolve() in out.resolve().parents:
+        raise ValueError(f"{out}: it is within the source, and would be read as such")
+    if workers < 1:
+        raise ValueError("--workers: at least 1")
+    if not partial.exists():
+        note.unlink(missing_ok=True)
+    if note.exists():
         done = json.loads(note.read_text())
         if done["origin"] != origin or partial.stat().st_size < done["bytes"]:
             raise ValueError(f"{note}: begun from {done['origin']}, not from {origin}; remove it to begin again")
-    out.parent.mkdir(parents=True, exist_ok=True)
     bar = tqdm(total=size, desc=str(out), unit="B", unit_scale=True, mininterval=1)
     with open(partial, "ab") as file, bar, ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{partial}: another call is writing it") from None
         file.truncate(done["bytes"])
         running: deque[Future] = deque()
 

@@ -135,6 +135,8 @@ def parse_passage(record: dict) -> Passage:
     if "contents" in record:
         title, _, text = record["contents"].partition("\n")
         record = {"id": record["id"], "title": title.removeprefix('"').removesuffix('"'), "text": text}
+    if not (isinstance(record["title"], str) and isinstance(record["text"], str) and isinstance(record["id"], str | int)):
+        raise ValueError("title and text must be strings, id a string or a number")
     return {key: clean(str(record[key])) for key in ("id", "title", "text")}
 
 
@@ -208,6 +210,9 @@ STOP_WORDS = """
 """.split()
 
 
+MAX_TIES = 1000  # a word that 300,000 like passages have would cost seconds
+
+
 class TantivyBM25:
     """Okapi BM25 (k1 = 1.2, b = 0.75) over title and text with tantivy: built in a stream, searched where it lies on disk.
 
@@ -259,7 +264,7 @@ class TantivyBM25:
             return cls(tantivy.Index.open(str(folder)))
 
     def search(self, queries: list[str], k: int) -> list[list[Passage]]:
-        """The k best passages of each query, ties in corpus order; fewer where fewer share a word with the query."""
+        """The k best passages of each query, up to MAX_TIES ties in corpus order; fewer where fewer share a word."""
         return list(self._pool.map(lambda query: self._search_one(query, k), queries))
 
     def _search_one(self, query: str, k: int) -> list[Passage]:
@@ -269,7 +274,7 @@ class TantivyBM25:
         query, limit = self.tantivy.Query.boolean_query(terms), k + 1
         while True:  # until the k-th best ties with none that was left out: which of them come first is the writer's chance
             hits = self.searcher.search(query, limit, count=False).hits
-            if len(hits) < limit or hits[-1][0] < hits[k - 1][0] - 1e-4:
+            if len(hits) < limit or limit > MAX_TIES or hits[-1][0] < hits[k - 1][0] - 1e-4:
                 break
             limit *= 8
         rows = self.searcher.fast_field_values("row", [address for _, address in hits])
@@ -277,8 +282,11 @@ class TantivyBM25:
         return [json.loads(self.searcher.doc(address)["passage"][0]) | {"score": score} for (score, address), _ in best]
 
 
-# What an encoder wants before a query and before a passage where its folder does not say, by part of its name (model cards)
-PREFIXES = {"bge": ("Represent this sentence for searching relevant passages: ", ""), "e5": ("query: ", "passage: ")}
+# What goes before a query and before a passage, by the encoder's name, where its folder does not say (model cards)
+PREFIXES = {
+    r"bge-(small|base|large)-en": ("Represent this sentence for searching relevant passages: ", ""),
+    r"\be5-(small|base|large)(-v2)?$": ("query: ", "passage: "),
+}
 
 
 class Encoder:
@@ -295,9 +303,9 @@ class Encoder:
             raise ValueError(f"{model}: no encoder there ({str(error).splitlines()[0]})") from None
         if device != "cpu":
             self.model.half()
-        family = next((name for name in PREFIXES if name in Path(model).name.lower()), None)
-        if family and not any(self.model.prompts.values()):
-            self.model.prompts = dict(zip(("query", "document"), PREFIXES[family], strict=True))
+        prefixes = next((value for name, value in PREFIXES.items() if re.search(name, Path(model).name.lower())), None)
+        if prefixes and not any(self.model.prompts.values()):
+            self.model.prompts = dict(zip(("query", "document"), prefixes, strict=True))
         self._lock = threading.Lock()  # a fast tokenizer refuses to serve two threads at once
 
     def queries(self, queries: list[str]) -> np.ndarray:
@@ -315,14 +323,14 @@ class PassageFile:
     """Passages of a JSONL file by row, read when asked for. `rows`: the byte where each line begins, and the file's end."""
 
     def __init__(self, path: str | Path, rows: Path):
-        self.file, self.rows = os.open(path, os.O_RDONLY), np.load(rows, mmap_mode="r")
+        self.file, self.rows = open(path, "rb"), np.load(rows, mmap_mode="r")  # noqa: SIM115
 
     def __len__(self) -> int:
         return len(self.rows) - 1
 
     def __getitem__(self, row: int) -> Passage:
         begin, end = map(int, self.rows[row : row + 2])
-        return parse_passage(json.loads(os.pread(self.file, end - begin, begin)))
+        return parse_passage(json.loads(os.pread(self.file.fileno(), end - begin, begin)))
 
 
 class Dense:
@@ -332,13 +340,18 @@ class Dense:
         passages: row by row those of the index.
         index: file that faiss wrote.
         encoder: model of the queries, the one that made the index.
+        parameters: of `faiss.ParameterSpace`, such as nprobe=64.
     """
 
-    def __init__(self, passages: PassageFile, index: Path, encoder: str):
+    def __init__(self, passages: PassageFile, index: Path, encoder: str, parameters: str = ""):
         import faiss
 
         with whole(index):
             self.index = faiss.read_index(str(index), faiss.IO_FLAG_MMAP_IFC)
+        try:
+            faiss.ParameterSpace().set_index_parameters(self.index, parameters)
+        except RuntimeError as error:
+            raise ValueError(f"{index}: faiss refuses {parameters!r}: {str(error).splitlines()[-1]}") from None
         self.passages, self.encoder = passages, Encoder(encoder)
         rows, dim = len(passages), self.encoder.model.get_embedding_dimension()
         if (self.index.ntotal, self.index.d) != (rows, dim):
@@ -377,7 +390,7 @@ class Remote:
         results = []
         for start in range(0, len(queries), MAX_QUERIES):
             asked = queries[start : start + MAX_QUERIES]
-            answer = fetch(self.session, "POST", self.url, json=self.shape.ask(asked, k))
+            answer = fetch(self.session, "POST", self.url, json=self.shape.ask(list(map(clean, asked)), k))
             with shape_of(self.url):
                 hits = self.shape.read(answer)
                 if len(hits) != len(asked):
@@ -393,8 +406,10 @@ def read_hit(hit: dict) -> Passage:
 WAITS = (0, 1, 2, 4, 8, 16)  # seconds before a request is sent again
 
 
-def fetch(session, method: str, url: str, **request) -> dict:
+def fetch(session, method: str, url: str, turn: Callable[[], None] = lambda: None, **request) -> dict:
     """The JSON that a server answers, of whom much is forgiven: silence, half an answer, 429 and 5xx are tried again.
+
+    `turn` is called before each try.
 
     Raises:
         RuntimeError: after the last try, in one line without the request's headers.
@@ -402,6 +417,7 @@ def fetch(session, method: str, url: str, **request) -> dict:
     import requests
 
     for wait in (*WAITS, None):
+        turn()
         try:
             response = session.request(method, url, timeout=(5, 60), **request)
             if response.status_code == 200:
@@ -410,7 +426,7 @@ def fetch(session, method: str, url: str, **request) -> dict:
             if response.status_code not in (429, 500, 502, 503, 504):
                 break
             after = response.headers.get("Retry-After", "")
-            wait = max(wait, int(after)) if wait is not None and after.isdigit() else wait
+            wait = max(wait, min(int(after), 60)) if wait is not None and after.isdigit() else wait
         except requests.exceptions.JSONDecodeError:
             failure = f"not JSON: {response.text[:200]!r}"
         except requests.exceptions.RequestException as error:
@@ -444,13 +460,13 @@ PROVIDERS = {
         lambda query, k, key: {"method": "POST", "json": {"q": query, "num": k}, "headers": {"X-API-KEY": key}},
         lambda answer: [(hit["link"], hit["title"], hit.get("snippet", "")) for hit in answer.get("organic", [])],
     ),
-    "brave": Provider(  # takes 400 characters and gives 20 hits at most
+    "brave": Provider(  # takes 400 characters, 50 words, and gives 20 hits at most
         "https://api.search.brave.com/res/v1/web/search",
         "BRAVE_API_KEY",
         1,
         lambda query, k, key: {
             "method": "GET",
-            "params": {"q": query[:400], "count": min(k, 20), "text_decorations": "false"},
+            "params": {"q": " ".join(query.split()[:50])[:400], "count": min(k, 20), "text_decorations": "false"},
             "headers": {"X-Subscription-Token": key},
         },
         lambda answer: [(h["url"], h["title"], h.get("description", "")) for h in answer.get("web", {}).get("results", [])],
@@ -480,23 +496,28 @@ class Web:
         self.session, self._lock = requests.Session(), threading.Lock()
         cache = cache or Path.home() / ".cache" / "nanosearcher" / "web.sqlite"
         cache.parent.mkdir(parents=True, exist_ok=True)
-        self.cache = sqlite3.connect(cache, timeout=60, check_same_thread=False, isolation_level=None)
-        self.cache.execute("CREATE TABLE IF NOT EXISTS hits (provider, query, k, hits, PRIMARY KEY (provider, query, k))")
+        with whole(cache):
+            self.cache = sqlite3.connect(cache, timeout=60, check_same_thread=False, isolation_level=None)
+            self.cache.execute(
+                "CREATE TABLE IF NOT EXISTS hits (provider, query, k, hits, PRIMARY KEY (provider, query, k))"
+            )
 
     def search(self, queries: list[str], k: int) -> list[list[Passage]]:
         """The first k hits of each query; errors as in `Remote.search`."""
         return [self._search_one(clean(query), k) for query in queries]
+
+    def _take_turn(self) -> None:
+        with self._lock:
+            self.free_at = mine = max(self.free_at + self.interval, time.monotonic())
+        time.sleep(max(0.0, mine - time.monotonic()))
 
     def _search_one(self, query: str, k: int) -> list[Passage]:
         key = (self.name, query, k)
         with self._lock:
             row = self.cache.execute("SELECT hits FROM hits WHERE (provider, query, k) = (?, ?, ?)", key).fetchone()
         if row is None:
-            with self._lock:
-                self.free_at = max(self.free_at + self.interval, time.monotonic())
-                mine = self.free_at
-            time.sleep(max(0.0, mine - time.monotonic()))
-            answer = fetch(self.session, url=self.url, **self.provider.ask(query, k, os.environ[self.provider.key]))
+            request = self.provider.ask(query, k, os.environ[self.provider.key])
+            answer = fetch(self.session, url=self.url, turn=self._take_turn, **request)
             with shape_of(self.url):
                 hits = [[html.unescape(" ".join(str(part).split())) for part in hit] for hit in self.provider.read(answer)]
             row = (json.dumps([dict(zip(("id", "title", "text"), hit, strict=True)) for hit in hits]),)
@@ -510,36 +531,51 @@ class Web:
 
 VERSION = 1  # of index folders
 SHARD = 32768  # passages in a file of vectors
+LARGE = (
+    1 << 30
+)  # bytes of a passage file that is indexed in memory (about 2 million passages, for half a minute each million)
 SMALL = 2000  # passages that rank-bm25 holds without being slow (it takes about 8 microseconds a passage and query)
 
 
-def fingerprint(path: str) -> str:
-    """Of a file's size and of 64 blocks of 64 KiB spread over it (of all of a file up to 4 MiB): at once, even for KILT."""
-    digest, size = hashlib.sha256(), os.path.getsize(path)
+def fingerprint(path: str | Path) -> str:
     with open(path, "rb") as file:
-        for n in range(64):
-            file.seek(max(0, size - (1 << 16)) * n // 63)
-            digest.update(file.read(1 << 16))
-    return f"{size}-{digest.hexdigest()}"
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def enter_folder(out: Path, corpus: str, settings: dict) -> None:
-    """Make an index folder, or come back to one of the same corpus and settings, finished or not; others are refused."""
+def stamp(path: str | Path) -> dict:
+    """Where a file is and when it was written: while both are the same, it need not be read to know its fingerprint."""
+    return {"corpus": str(Path(path).resolve()), "mtime_ns": os.stat(path).st_mtime_ns}
+
+
+def enter_folder(out: Path, corpus: str, settings: dict) -> dict:
+    """Make an index folder, or come back to one of the same corpus and settings, finished or not; returns its header.
+
+    Raises:
+        ValueError: there is something else, or what was made of another corpus or with other settings.
+    """
     file, header = out / "index.json", {"version": VERSION, **settings, "fingerprint": fingerprint(corpus)}
+    there, made = {}, [path for name in ("tantivy", "faiss.index", "vectors-*.npy") for path in out.glob(name)]
     if file.is_file():
         with whole(out):
             there = json.loads(file.read_text())
-        if other := [name for name in header if there.get(name) != header[name]]:
-            raise ValueError(f"{out}: an index with another {' and '.join(other)} is there; choose another --out")
-    elif out.exists() and any(out.iterdir()):
+    elif out.exists() and any(path.suffix != ".partial" for path in out.iterdir()):
         raise ValueError(f"{out}: it is not empty and holds no index; choose another --out")
-    else:
-        out.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(header | {"corpus": str(Path(corpus).resolve())}, indent=1))
+    if other := [name for name in header if there.get(name) != header[name]]:
+        if made:
+            raise ValueError(f"{out}: an index with another {' and '.join(other)} is there; choose another --out")
+        (out / "rows.npy").unlink(missing_ok=True)  # what a call that failed has left
+        there = {}
+    out.mkdir(parents=True, exist_ok=True)
+    header = there | header | stamp(corpus)
+    if header != there:
+        write_text(file, json.dumps(header, indent=1))
+    return header
 
 
 def build_bm25(corpus: str, out: Path) -> None:
     """Index a passage file with tantivy. A finished index of it is left as it is."""
+    if os.environ.get("RANK", "0") != "0":
+        return  # one process builds it
     enter_folder(out, corpus, {"kind": "bm25"})
     if not (out / "tantivy").exists():
         partial = out / "tantivy.partial"
@@ -557,15 +593,14 @@ def build_dense(corpus: str, out: Path, encoder: str, factory: str, parameters: 
     Args:
         encoder: argument of `Encoder`.
         factory: of `faiss.index_factory`, such as Flat, HNSW32,SQ8 or IVF4096,PQ64.
-        parameters: of `faiss.ParameterSpace`, such as nprobe=64; kept in the index.
+        parameters: see `Dense`; recorded, and used whenever the index is opened.
         prebuilt: a faiss index of the same passages in the same order, instead of making one.
     """
     rank, world, barrier = join_ranks()
-    settings, index = {"factory": factory, "parameters": parameters}, out / "faiss.index"
+    encoder = str(Path(encoder).resolve()) if Path(encoder).is_dir() else encoder
+    prebuilt, index = prebuilt and str(Path(prebuilt).resolve()), out / "faiss.index"
     if rank == 0:
-        enter_folder(
-            out, corpus, {"kind": "dense", "encoder": encoder, "prebuilt": prebuilt and str(Path(prebuilt).resolve())}
-        )
+        header = enter_folder(out, corpus, {"kind": "dense", "encoder": encoder, "prebuilt": prebuilt})
         if not (out / "rows.npy").exists():
             begins = array("q", (begin for begin, _ in scan_passages(corpus)))
             save_array(out / "rows.npy", np.append(np.frombuffer(begins, np.int64), os.path.getsize(corpus)))
@@ -576,13 +611,15 @@ def build_dense(corpus: str, out: Path, encoder: str, factory: str, parameters: 
         embed(passages, shards[rank::world], encoder)
         barrier()
     if rank == 0:
-        header = json.loads((out / "index.json").read_text())
-        if prebuilt and not index.exists():
-            index.symlink_to(Path(prebuilt).resolve())
-        elif not prebuilt and (header | settings != header or not index.exists()):
-            write_faiss(index, shards, factory, parameters)
+        settings = {"factory": factory, "parameters": parameters}
+        if header | settings != header:
+            index.unlink(missing_ok=True)  # before it has another name in the header
             write_text(out / "index.json", json.dumps(header | settings, indent=1))
-        Dense(passages, index, encoder)  # refuses what does not belong together
+        if not (prebuilt or index.exists()):
+            write_faiss(index, shards, factory)
+        Dense(passages, Path(prebuilt or index), encoder, parameters)  # refuses what does not belong together
+        if prebuilt and not index.exists():
+            index.symlink_to(prebuilt)
 
 
 def join_ranks() -> tuple[int, int, Callable[[], None]]:
@@ -612,18 +649,18 @@ def save_array(path: Path, values: np.ndarray) -> None:
     path.with_suffix(".partial").rename(path)
 
 
-def write_faiss(path: Path, shards: list[Path], factory: str, parameters: str) -> None:
+def write_faiss(path: Path, shards: list[Path], factory: str) -> None:
+    """Index vectors; the whole index is in memory meanwhile."""
     import faiss
 
     arrays = [np.load(shard, mmap_mode="r") for shard in shards]
     try:
         index = faiss.index_factory(arrays[0].shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-        faiss.ParameterSpace().set_index_parameters(index, parameters)
+        if not index.is_trained:  # on every n-th vector, a million at most
+            step = -(-sum(map(len, arrays)) // 1_000_000)
+            index.train(np.concatenate([each[::step] for each in arrays]).astype(np.float32))
     except RuntimeError as error:
-        raise ValueError(f"faiss refuses {factory!r} with {parameters!r}: {str(error).splitlines()[-1]}") from None
-    if not index.is_trained:  # on every n-th vector, a million at most
-        step = -(-sum(map(len, arrays)) // 1_000_000)
-        index.train(np.concatenate([each[::step] for each in arrays]).astype(np.float32))
+        raise ValueError(f"faiss refuses {factory!r} for these vectors: {str(error).splitlines()[-1]}") from None
     for each in tqdm(arrays, desc="indexing", unit="shard"):
         index.add(each.astype(np.float32))
     faiss.write_index(index, str(path.with_suffix(".partial")))
@@ -639,13 +676,14 @@ def open_index(folder: Path, corpus: str | None) -> Retriever:
         corpus = corpus or (header["corpus"] if kind == "dense" else None)  # tantivy holds its passages
     if corpus and not Path(corpus).is_file():
         raise FileNotFoundError(f"{folder}: its corpus {corpus} is not there; say where it is with --corpus")
-    if corpus and fingerprint(corpus) != indexed:
+    untouched = corpus and header | stamp(corpus) == header
+    if corpus and not untouched and fingerprint(corpus) != indexed:
         raise ValueError(f"{folder}: built from another corpus than {corpus}; build an index of that one")
     if kind == "bm25":
         return TantivyBM25.open(folder / "tantivy")
     with whole(folder):
         passages = PassageFile(corpus, folder / "rows.npy")
-    return Dense(passages, folder / "faiss.index", header["encoder"])
+    return Dense(passages, folder / "faiss.index", header["encoder"], header.get("parameters", ""))
 
 
 def open_retriever(source: str, backend: str = "auto", corpus: str | None = None) -> Retriever:
@@ -670,6 +708,9 @@ def open_retriever(source: str, backend: str = "auto", corpus: str | None = None
         return open_index(Path(source), corpus)
     if not Path(source).is_file():
         raise FileNotFoundError(f"{source}: neither a passage file, an index folder, a URL nor web:PROVIDER (--retriever)")
+    if backend != "rank-bm25" and os.path.getsize(source) > LARGE:
+        build = f"python retriever.py index --kind bm25 --corpus {source} --out {Path(source).with_suffix('')}-index"
+        raise ValueError(f"{source}: too large to be indexed in memory whenever it is opened; once and for all: {build}")
     small = backend == "auto" and sum(1 for _ in islice(scan_passages(source), SMALL + 1)) <= SMALL
     if small or backend == "rank-bm25":
         return BM25(read_passages(source))
@@ -679,7 +720,8 @@ def open_retriever(source: str, backend: str = "auto", corpus: str | None = None
 # ---------------------------------------------------------------------------------------------------------------------
 # The search server
 
-MAX_QUERIES, MAX_K, MAX_BODY = 256, 100, 4 << 20  # of one request; the last in bytes
+MAX_QUERIES, MAX_K, MAX_BODY, MAX_SECONDS = 256, 100, 4 << 20, 30  # of one request: bytes of its body, seconds to send it
+MAX_WAITING = 1024  # requests
 
 
 class Shape(NamedTuple):
@@ -743,18 +785,20 @@ class Batcher:
             while not self.waiting.empty() and sum(len(queries) for queries, _, _ in batch) < MAX_QUERIES:
                 batch.append(self.waiting.get_nowait())
             for k in {k for _, k, _ in batch}:  # apart: an approximate index may find others for another k
-                same = [(queries, future) for queries, asked, future in batch if asked == k]
-                search = asyncio.to_thread(self.retriever.search, [query for queries, _ in same for query in queries], k)
-                (results,) = await asyncio.gather(search, return_exceptions=True)
-                start = 0
-                for queries, future in same:
-                    if future.cancelled():  # its client is gone
-                        pass
-                    elif isinstance(results, BaseException):
-                        future.set_exception(results)
-                    else:
-                        future.set_result(results[start : start + len(queries)])
-                    start += len(queries)
+                await self._search_together([(queries, future) for queries, asked, future in batch if asked == k], k)
+
+    async def _search_together(self, requests: list[tuple[list[str], asyncio.Future]], k: int) -> None:
+        search = asyncio.to_thread(self.retriever.search, [query for queries, _ in requests for query in queries], k)
+        (results,) = await asyncio.gather(search, return_exceptions=True)
+        if isinstance(results, BaseException) and len(requests) > 1:
+            for request in requests:  # one is to blame, the others shall have their answers
+                await self._search_together([request], k)
+        elif isinstance(results, BaseException):
+            requests[0][1].set_exception(results)
+        else:
+            rest = iter(results)
+            for queries, future in requests:
+                future.set_result(list(islice(rest, len(queries))))
 
 
 def make_app(batcher: Batcher):
@@ -775,12 +819,16 @@ def make_app(batcher: Batcher):
 
     async def answer(request: Request) -> JSONResponse:
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > MAX_BODY:
-                return refuse(413, f"a request may have {MAX_BODY} bytes")
-        if batcher.retriever is None:
-            return refuse(503, "the index is still being opened")
+        try:
+            async with asyncio.timeout(MAX_SECONDS):  # a client that stalls must not keep the server from stopping
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > MAX_BODY:
+                        return refuse(413, f"a request may have {MAX_BODY} bytes")
+        except TimeoutError:
+            return refuse(408, f"a request must be here within {MAX_SECONDS} s")
+        if batcher.retriever is None or batcher.waiting.qsize() >= MAX_WAITING:
+            return refuse(503, "the index is still being opened" if batcher.retriever is None else "too many requests wait")
         try:
             asked = Body.model_validate_json(bytes(body))
         except ValidationError as error:
@@ -823,8 +871,8 @@ def serve(open_source: Callable[[], Retriever], host: str, port: int) -> None:
             failures.append(error)
             server.should_exit = True
 
-    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn stops at these, and raises them again when it has stopped
-        signal.signal(number, lambda *_: None)
+    for number in (signal.SIGTERM, signal.SIGINT):  # until uvicorn handles them, and when it raises them again at its end
+        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
     threading.Thread(target=load, daemon=True).start()
     server.run(sockets=[listener])
     for failure in failures:
@@ -843,7 +891,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     index.add_argument("--corpus", required=True, help="passage file (JSONL)")
     index.add_argument("--out", type=Path, required=True, help="folder to make")
     index.add_argument("--encoder", help="dense: folder or hub name of an encoder, such as BAAI/bge-large-en-v1.5")
-    index.add_argument("--factory", default="Flat", help="dense: faiss index_factory, such as HNSW32,SQ8 (default Flat)")
+    index.add_argument("--factory", help="dense: faiss index_factory, such as HNSW32,SQ8 (default Flat)")
     index.add_argument("--parameters", default="", help="dense: faiss parameters, such as nprobe=64 or efSearch=128")
     index.add_argument("--prebuilt", help="dense: a faiss index of --corpus, row by row, instead of making one")
     for name, what in (("search", "show the passages of a query"), ("serve", "answer over HTTP")):
@@ -858,8 +906,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.command == "index" and args.kind == "dense" and not args.encoder:
         parser.error("--kind dense needs --encoder")
+    if (
+        args.command == "index"
+        and args.kind == "bm25"
+        and (args.encoder or args.prebuilt or args.parameters or args.factory)
+    ):
+        parser.error("--encoder, --factory, --parameters and --prebuilt are for --kind dense")
+    if args.command == "index" and args.prebuilt and args.factory:
+        parser.error("--factory: the prebuilt index has one")
     if args.command == "search" and args.k < 1:
         parser.error("-k: at least 1")
+    if args.command == "serve" and not 0 <= args.port < 65536:
+        parser.error("--port: 0 to 65535")
     return args
 
 
@@ -869,7 +927,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.command == "index" and args.kind == "bm25":
             build_bm25(args.corpus, args.out)
         elif args.command == "index":
-            build_dense(args.corpus, args.out, args.encoder, args.factory, args.parameters, args.prebuilt)
+            build_dense(args.corpus, args.out, args.encoder, args.factory or "Flat", args.parameters, args.prebuilt)
         elif args.command == "serve":
             serve(lambda: open_retriever(args.index, args.backend, args.corpus), args.host, args.port)
         else:

@@ -34,7 +34,7 @@ def query_ms(factory: str, n: int, dim: int) -> float:
     if kind.startswith("HNSW"):
         return 1000 * EF * LINKS * code_bytes(storage, dim) / RANDOM  # about half of the links met were seen before
     if kind.startswith("IVF"):
-        return 1000 * (LISTS * dim * 4 + n * PROBES / LISTS * code_bytes(storage, dim)) / BANDWIDTH
+        return 1000 * (LISTS * dim * 4 / BANDWIDTH + n * PROBES / LISTS * code_bytes(storage, dim) / RANDOM)
     return 1000 * n * code_bytes(storage, dim) / BANDWIDTH
 
 

@@ -136,9 +136,12 @@ def test_a_line_of_each_format(tmp_path, format, line, passages):
 @pytest.mark.parametrize("format", data_prep.FORMATS)
 @pytest.mark.parametrize("line", [b"{", b"[1]", b"{}", b"\xff\xfe", b"a\tb"])
 def test_a_line_that_is_not_in_the_format_is_named(tmp_path, format, line):
-    good = {"kilt": lines_of([article("a", 3)]), "dpr": b"1\tx\ty\n"}.get(
-        format, b'{"id": 1, "title": "t", "text": ["x"]}\n'
-    )
+    good = {
+        "kilt": lines_of([article("a", 3)]),
+        "dpr": b"1\tx\ty\n",
+        "wiki-18": b'{"id": 1, "title": "t", "text": "x"}\n',
+        "hotpotqa": b'{"id": 1, "title": "t", "text": ["x"]}\n',
+    }[format]
     (tmp_path / "source").write_bytes(good + line + b"\n")
     with pytest.raises(ValueError) as error:
         make(tmp_path / "source", tmp_path / "out", format)
@@ -155,6 +158,26 @@ def test_what_is_there_is_not_overwritten_and_nothing_is_not_a_corpus(tmp_path):
     (tmp_path / "empty").write_bytes(b"\n\n")
     with pytest.raises(ValueError, match="holds no line"):
         make(tmp_path / "empty", tmp_path / "out2")
+
+
+def test_the_output_is_not_read_as_source_and_two_calls_do_not_write_one_file(tmp_path):
+    import fcntl
+
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "a.jsonl").write_bytes(lines_of([article("a", 3)]))
+    with pytest.raises(ValueError, match="within the source"):
+        make(tmp_path / "source", tmp_path / "source" / "out")
+    with open(tmp_path / "out.partial", "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="another call"):
+            make(tmp_path / "source", tmp_path / "out")
+
+
+def test_half_a_compressed_file_is_named(tmp_path):
+    packed = gzip.compress(lines_of(article(f"a{n}", 200) for n in range(50)))
+    (tmp_path / "half.jsonl.gz").write_bytes(packed[: len(packed) // 2])
+    with pytest.raises(ValueError, match=r"half\.jsonl\.gz: damaged"):
+        make(tmp_path / "half.jsonl.gz", tmp_path / "out")
 
 
 def kilt_command(source, out):

@@ -73,7 +73,7 @@ BGE = "Represent this sentence for searching relevant passages: "
 
 @pytest.mark.parametrize(
     ("name", "pooling", "query", "passage"),
-    [("e5-tiny", "mean", "query: ", "passage: "), ("BGE-tiny", "cls", BGE, ""), ("other", "mean", "", "")],
+    [("e5-small", "mean", "query: ", "passage: "), ("BGE-small-en-v1.5", "cls", BGE, ""), ("other-e5", "mean", "", "")],
 )
 def test_the_folder_says_how_to_pool_and_the_family_what_goes_before_a_text(tmp_path, name, pooling, query, passage):
     folder = Path(make_encoder(tmp_path / "made", pooling)).rename(tmp_path / name)
@@ -84,7 +84,7 @@ def test_the_folder_says_how_to_pool_and_the_family_what_goes_before_a_text(tmp_
 
 
 def test_what_the_folder_says_goes_before_what_the_family_does(tmp_path):
-    folder = Path(make_encoder(tmp_path / "made", "mean")).rename(tmp_path / "e5-like")
+    folder = Path(make_encoder(tmp_path / "made", "mean")).rename(tmp_path / "e5-base")
     settings = json.loads((folder / "config_sentence_transformers.json").read_text())
     settings["prompts"] = {"query": "town: ", "document": ""}
     (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
@@ -135,6 +135,8 @@ def test_any_factory_finds_most_of_what_flat_finds(encoder_folder, corpus, tmp_p
     assert vectors == {file: file.stat().st_mtime_ns for file in folder.glob("vectors-*")}  # another index of the same
     assert json.loads((folder / "index.json").read_text())["factory"] == factory
     search = open_retriever(str(folder))
+    if "IVF" in factory:
+        assert faiss.downcast_index(search.index).nprobe == 4
     found = [{p["id"] for p in found} for found in search.search(queries, 10)]
     recall = sum(len(a & b) for a, b in zip(exact, found, strict=True)) / 200
     assert recall > (0.3 if "PQ" in factory else 0.8)
@@ -161,6 +163,7 @@ def test_a_prebuilt_index_of_other_passages_is_refused(encoder_folder, corpus, t
     faiss.write_index(index, str(tmp_path / "small.index"))
     with pytest.raises(ValueError, match="5 vectors of size 32, but 300 passages"):
         build_dense(corpus, tmp_path / "index", encoder_folder, "Flat", "", str(tmp_path / "small.index"))
+    build_dense(corpus, tmp_path / "index", encoder_folder, "Flat", "", None)  # and the folder is still free
 
 
 def test_a_changed_or_moved_corpus(encoder_folder, corpus, tmp_path):
@@ -170,14 +173,20 @@ def test_a_changed_or_moved_corpus(encoder_folder, corpus, tmp_path):
     with pytest.raises(FileNotFoundError, match="--corpus"):
         open_retriever(str(tmp_path / "index"))
     assert open_retriever(str(tmp_path / "index"), corpus=str(moved)).search(["town"], 1)[0]
+    build_dense(str(moved), tmp_path / "index", encoder_folder, "Flat", "", None)  # says where it is from now on
+    assert open_retriever(str(tmp_path / "index")).search(["town"], 1)[0]
+    moved.rename(corpus)
+    build_dense(corpus, tmp_path / "index", encoder_folder, "Flat", "", None)
     write(Path(corpus), PASSAGES[:-1])
     with pytest.raises(ValueError, match="another corpus"):
         open_retriever(str(tmp_path / "index"))
 
 
 def test_an_empty_or_wrong_factory_or_index_is_one_line(encoder_folder, corpus, tmp_path):
-    with pytest.raises(ValueError, match="faiss refuses 'Nonsense'"):
-        build_dense(corpus, tmp_path / "index", encoder_folder, "Nonsense", "", None)
+    for factory, parameters in (("Nonsense", ""), ("IVF1024,Flat", ""), ("Flat", "nonsense=1")):
+        with pytest.raises(ValueError, match="faiss refuses") as error:
+            build_dense(corpus, tmp_path / "index", encoder_folder, factory, parameters, None)
+        assert "\n" not in str(error.value)
     build_dense(corpus, tmp_path / "index", encoder_folder, "Flat", "", None)
     (tmp_path / "index" / "faiss.index").write_bytes(b"")
     with pytest.raises(ValueError, match="build it again") as error:

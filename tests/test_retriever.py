@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -55,6 +56,7 @@ def test_bm25_of_unknown_words_or_a_small_corpus():
         ([PASSAGES[0], {"id": "d", "title": "x"}], ":2: expected"),
         ([PASSAGES[0], PASSAGES[0]], ":2: id 'a' occurs twice"),
         (["[1]\n"], ":1: expected"),
+        ([PASSAGES[0], {"id": "d", "title": None, "text": ["x"]}], ":2: expected"),
         (["\udcff\n"], ":1: expected"),  # not UTF-8
         ([], "it holds no"),
     ],
@@ -207,17 +209,57 @@ def test_another_corpus_is_refused(tmp_path):
         open_retriever(str(folder), corpus=str(tmp_path / "none.jsonl"))
 
 
-def test_the_fingerprint_of_a_large_file_sees_its_size_beginning_and_end(tmp_path):
-    file = tmp_path / "large"
-    with open(file, "wb") as sparse:
-        sparse.truncate(1 << 30)
-    seen = {retriever.fingerprint(str(file))}
-    for position in (0, (1 << 30) - 1, 1 << 30):
-        with open(file, "r+b") as sparse:
-            sparse.seek(position)
-            sparse.write(b"x")
-        seen.add(retriever.fingerprint(str(file)))
-    assert len(seen) == 4
+def test_the_same_length_elsewhere_is_another_corpus_and_a_copy_is_the_same(tmp_path):
+    corpus, folder = index_folder(tmp_path)
+    copy = tmp_path / "copy.jsonl"
+    copy.write_bytes(corpus.read_bytes())
+    assert open_retriever(str(folder), corpus=str(copy)).search(["salem"], 1)[0]
+    copy.write_bytes(corpus.read_bytes().replace(b"singer", b"dancer"))
+    with pytest.raises(ValueError, match="another corpus than"):
+        open_retriever(str(folder), corpus=str(copy))
+
+
+def test_a_call_that_failed_leaves_the_folder_free(tmp_path):
+    corpus = write(tmp_path / "corpus.jsonl", [PASSAGES[0], "{\n"])
+    with pytest.raises(ValueError, match=":2: expected"):
+        build_bm25(str(corpus), tmp_path / "index")
+    write(corpus, PASSAGES)
+    build_bm25(str(corpus), tmp_path / "index")
+    assert open_retriever(str(tmp_path / "index")).search(["salem"], 1)[0]
+
+
+def test_an_index_is_killed_while_it_is_built(tmp_path):
+    """The folder that a kill leaves does not open, and the next call makes it whole."""
+    corpus = write(tmp_path / "corpus.jsonl", PASSAGES)
+    script = (
+        f"import os, sys; sys.path.insert(0, {str(Path(retriever.__file__).parent)!r})\n"
+        "import retriever, pathlib\n"
+        "def die(*words): os.kill(os.getpid(), 9)\n"
+        "pathlib.Path.rename_for_real = pathlib.Path.rename\n"
+        "pathlib.Path.rename = lambda self, to: die() if self.name == 'tantivy.partial' else self.rename_for_real(to)\n"
+        f"retriever.build_bm25({str(corpus)!r}, pathlib.Path({str(tmp_path / 'index')!r}))"
+    )
+    assert subprocess.run([sys.executable, "-c", script], capture_output=True).returncode == -9
+    with pytest.raises(ValueError, match="build it again"):
+        open_retriever(str(tmp_path / "index"))
+    build_bm25(str(corpus), tmp_path / "index")
+    assert open_retriever(str(tmp_path / "index")).search(["salem"], 1)[0]
+
+
+def test_ties_beyond_what_was_asked_for_are_in_corpus_order_and_cost_little():
+    many = [{"id": str(i), "title": f"x{i}", "text": "a moth"} for i in range(30_000)]
+    index = TantivyBM25.build(many[:300])
+    assert [p["id"] for p in index.search(["moth"], 3)[0]] == ["0", "1", "2"]
+    index, begin = TantivyBM25.build(many), time.monotonic()
+    assert len(index.search(["moth"] * 10, 3)) == 10 and time.monotonic() - begin < 5
+
+
+def test_a_file_too_large_for_memory_is_refused_with_the_command_to_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(retriever, "LARGE", 10)
+    corpus = write(tmp_path / "corpus.jsonl", PASSAGES)
+    with pytest.raises(ValueError, match=r"python retriever\.py index --kind bm25"):
+        open_retriever(str(corpus))
+    assert isinstance(open_retriever(str(corpus), "rank-bm25"), BM25)
 
 
 @pytest.mark.parametrize("damage", ["index.json", "meta.json", "postings"])

@@ -146,6 +146,40 @@ def test_a_search_that_fails_fails_its_requests_and_no_others():
         assert client.post("/search", json={"queries": ["harbor"]}).status_code == 200
 
 
+def test_of_concurrent_requests_only_the_one_that_fails_fails():
+    import asyncio
+
+    class Moody(TantivyBM25):
+        def search(self, queries, k):
+            if "fail" in queries:
+                raise OSError("disk gone")
+            return super().search(queries, k)
+
+    async def ask_at_once():
+        batcher = retriever.Batcher()
+        batcher.retriever = Moody.build(PASSAGES)
+        task = asyncio.create_task(batcher.run())
+        asked = [(["harbor"], 1), (["fail"], 1), (["salem", "webb"], 1), (["salem"], 2)]
+        found = await asyncio.gather(*(batcher.search(*each) for each in asked), return_exceptions=True)
+        task.cancel()
+        return found
+
+    first, failed, third, fourth = asyncio.run(ask_at_once())
+    assert isinstance(failed, OSError)
+    assert [first[0][0]["id"], third[0][0]["id"], third[1][0]["id"]] == ["a", "c", "b"]
+    assert [p["id"] for p in fourth[0]] == ["c", "b"]  # each its own k
+
+
+def test_a_server_stops_at_a_signal_as_soon_as_it_is_ready_and_with_a_stalled_client(tmp_path):
+    for _ in range(3):
+        assert Server(write(tmp_path / "corpus.jsonl", PASSAGES)).stop()[0] == 0
+    server = Server(write(tmp_path / "corpus.jsonl", PASSAGES))
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as stalled:
+        stalled.sendall(b"POST /search HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        time.sleep(0.5)
+        assert server.stop()[0] == 0  # within the 60 s of stop
+
+
 def test_an_index_that_does_not_open_stops_the_server(tmp_path):
     command = [sys.executable, retriever.__file__, "serve", "--index", str(tmp_path / "none"), "--port", "0"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)

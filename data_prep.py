@@ -539,8 +539,8 @@ def make_difficulty(args: argparse.Namespace) -> None:
     encode = prompt_encoder(tokenizer, load_prompt(args.prompt_file))
     engine = make_engine(args.engine, args.model, args.max_context, args.gpu_memory_utilization)
     rollout = Rollout(engine, tokenizer, search, TAGS, limits, deterministic=not torch.cuda.is_available())
-    total, before = len(questions) * args.max_rollouts, sum(map(len, verdicts.values()))
-    bar = tqdm(desc="at most", total=total, initial=before, unit=" rollouts")
+    total = sum(len(v) if True in v else args.max_rollouts for v in verdicts.values())
+    bar = tqdm(desc="at most", total=total, initial=sum(map(len, verdicts.values())), unit=" rollouts")
     with open(notes, "a", buffering=1) as file, bar:  # line by line, so that a killed call keeps them
         for name, right in roll_out_until_right(rollout, encode, questions, verdicts, args):
             file.write(json.dumps([name, right]) + "\n")

@@ -150,8 +150,8 @@ def table(results: dict[str, dict]) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 # run: answer question files
 
-# On a CPU vLLM's numbers depend on which sequences share a step, and so, now and then, does a greedy answer. Groups of
-# questions that run by themselves, after one another, are the same in a run that was interrupted.
+# vLLM does not promise that its numbers are the same whatever sequences share a step. Groups of questions that run by
+# themselves, after one another, are the same in a run that was interrupted. (32 questions of the demo showed no difference.)
 GROUP = 16
 
 

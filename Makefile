@@ -30,6 +30,8 @@ demo: .venv/installed
 	$(EVALUATE) --model $(DEMO)/stage2/model --out $(DEMO)/eval-stage2-$(STEPS)
 	$(BIN)/python evaluate.py plot --runs $(DEMO)/stage1 $(DEMO)/stage2 --out $(DEMO)/curves.png \
 		--evaluations $(DEMO)/eval-untrained $(DEMO)/eval-stage1-$(STEPS_1) $(DEMO)/eval-stage2-$(STEPS)
+	$(BIN)/python evaluate.py report $(DEMO)/stage1 $(DEMO)/stage2 $(DEMO)/eval-untrained $(DEMO)/eval-stage1-$(STEPS_1) \
+		$(DEMO)/eval-stage2-$(STEPS) --out $(DEMO)/report.html
 
 test: .venv/installed
 	$(BIN)/python -m pytest

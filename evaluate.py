@@ -400,6 +400,8 @@ def run_judge(args: argparse.Namespace) -> None:
     outputs, out = read_outputs(args.file), args.out or args.file.with_suffix(".judged.jsonl")
     if out.resolve() == args.file.resolve():
         raise ValueError(f"{out}: --out is the file to be judged")
+    if out.exists() and any(o["record"].get("judge_model") != args.model for o in read_outputs(out)):
+        raise ValueError(f"{out}: holds something other than verdicts of {args.model}; give another --out")
     prompts = [JUDGE_PROMPT.format(**o | {"answers": " | ".join(o["answers"])}) for o in outputs]
     replies = ask_judge(args, prompts)
     for output, prompt in zip(outputs, prompts, strict=True):

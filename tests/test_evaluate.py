@@ -387,6 +387,14 @@ def test_a_judge_that_is_not_there(judging, tmp_path, capsys):
     assert "--out is the file" in refused([*arguments, f"--out={tmp_path / 'o.jsonl'}"], capsys)
 
 
+def test_another_judges_verdicts_are_not_overwritten(judging, tmp_path, capsys):
+    _, arguments = judging(["good 1?", "good 2?"])
+    assert judged_by(arguments) == 0 and judged_by(arguments) == 0
+    kept = (tmp_path / "o.judged.jsonl").read_bytes()
+    assert "holds something other than verdicts of k" in refused([*arguments, "--model=k"], capsys)
+    assert (tmp_path / "o.judged.jsonl").read_bytes() == kept
+
+
 def test_acc_l_comes_into_the_table(arguments, judging, tmp_path, capsys):
     evaluate.main(arguments)
     _, flags = judging([])

@@ -127,6 +127,9 @@ def prompt_encoder(tokenizer, template: list[tuple[str, str]]) -> Callable[[str]
 # The loop
 
 
+REJOIN_AFTER = 4  # engine steps: they hide the latency of most retrievers, and cost a trajectory few of its hundreds
+
+
 class Rollout:
     """Runs episodes to their end.
 
@@ -136,8 +139,8 @@ class Rollout:
         search: `search(queries, k)` gives one list of passages a query (retriever.py).
         tags: the protocol's markers (`reward.TAGS`).
         limits: see `Limits`.
-        deterministic: search results rejoin at the engine step after their query instead of when they arrive, so that a
-            run repeats bit for bit (numerics depend on which sequences share a step). Costs the retriever's latency.
+        deterministic: search results rejoin REJOIN_AFTER engine steps after their query instead of when they arrive, so
+            that a run repeats bit for bit (numerics depend on which sequences share a step).
     """
 
     def __init__(self, engine: Engine, tokenizer, search, tags, limits: Limits, deterministic: bool = False):
@@ -154,15 +157,16 @@ class Rollout:
         """
         waiting = iter(episodes)
         decoding: dict[int, Episode] = {}  # by key
-        searching: dict[Future, list[Episode]] = {}  # in the order of submission
-        key = 0
+        searching: dict[Future, tuple[int, list[Episode]]] = {}  # with the engine step of the queries, in its order
+        key = steps = 0
         while True:
-            places = max_running - len(decoding) - sum(map(len, searching.values()))
+            places = max_running - len(decoding) - sum(len(asking) for _, asking in searching.values())
             ready = [episode for episode in islice(waiting, places) if episode is not None]
             for episode in ready:
                 episode.add("prompt", episode.prompt_ids, self.tokenizer.decode(episode.prompt_ids))
-            for future in self._arrived(searching, wait_for_one=not decoding and not ready):
-                for episode, (documents, failed) in zip(searching.pop(future), future.result(), strict=True):
+            for future in self._arrived(searching, steps, idle=not decoding and not ready):
+                _, asking = searching.pop(future)
+                for episode, (documents, failed) in zip(asking, future.result(), strict=True):
                     episode.add("documents", documents, self.tokenizer.decode(documents))
                     episode.search_failures += failed
                     ready.append(episode)
@@ -174,7 +178,7 @@ class Rollout:
                     yield episode
             if not (decoding or searching or ready):
                 return
-            asking = []
+            asking, steps = [], steps + 1
             for completion in self.engine.step() if decoding else []:
                 episode = decoding.pop(completion.key)
                 if self._absorb(episode, completion):
@@ -182,13 +186,14 @@ class Rollout:
                 else:
                     yield episode
             if asking:  # queries that are ready together go as one batch
-                searching[self._pool.submit(self._look_up, [e.queries[-1] for e in asking])] = asking
+                searching[self._pool.submit(self._look_up, [e.queries[-1] for e in asking])] = steps, asking
 
-    def _arrived(self, searching: dict[Future, list[Episode]], wait_for_one: bool) -> list[Future]:
-        """Finished lookups, in the order of their submission."""
+    def _arrived(self, searching: dict[Future, tuple[int, list[Episode]]], steps: int, idle: bool) -> list[Future]:
+        """The lookups whose results rejoin now; at least one if the engine is idle. Those not done are waited for."""
         if self.deterministic:
-            return list(searching)
-        if searching and wait_for_one:
+            due = [future for future, (asked, _) in searching.items() if steps - asked >= REJOIN_AFTER]
+            return due or (list(searching)[:1] if idle else [])
+        if searching and idle:
             wait(searching, return_when=FIRST_COMPLETED)
         return [future for future in searching if future.done()]
 

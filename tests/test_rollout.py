@@ -120,6 +120,33 @@ def test_ready_queries_go_as_one_batch_and_decoding_goes_on_meanwhile(scripted, 
     assert sum(start < at < end for at in step_times) >= 3
 
 
+def test_a_deterministic_rollout_hides_the_retrievers_latency_and_does_not_depend_on_it(scripted, tokenizer):
+    def run(latency: list[float]) -> tuple[list[list[int]], int]:
+        """What the engine was given, in order, and for how many of its steps a search was under way."""
+        engine, delays, steps, under_way = scripted([ASK, ASK, TELL]), iter(latency), [], []
+        finish = engine.step
+
+        def step():
+            time.sleep(0.02)
+            steps.append(bool(under_way))
+            return finish(count=1)
+
+        def search(queries, k):
+            under_way.append(True)
+            time.sleep(next(delays))
+            under_way.pop()
+            return [[] for _ in queries]
+
+        engine.step = step
+        rollout = Rollout(engine, tokenizer, search, TAGS, Limits(max_context=2000), deterministic=True)
+        assert len(list(rollout.run(Episode({}, tokenizer.encode(f"Question: {i}")) for i in range(8)))) == 8
+        return engine.given, sum(steps)
+
+    at_once, _ = run([0.0] * 16)
+    late, meanwhile = run([0.1, 0.0, 0.06, 0.2] * 4)
+    assert at_once == late and meanwhile >= 10
+
+
 def test_episodes_are_drawn_lazily(scripted, tokenizer):
     drawn = []
 

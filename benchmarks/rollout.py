@@ -1,0 +1,142 @@
+"""Sampled tokens a second of the search loop, beside its limit and beside one barrier a turn.
+
+    python benchmarks/rollout.py --model demo/model --json
+
+Every trajectory has a prompt of its own, turns of drawn lengths and a documents block after every turn but the last. Four
+ways make sequences of the same lengths with as many sampled tokens, and take turns, so that noise hits all alike:
+
+    ours      rollout.Rollout over vLLM; results rejoin at a fixed engine step, so that a run repeats bit for bit
+    eager     the same, but results rejoin as soon as they arrive
+    bare      the limit: the engine alone; prompt and documents first, then all of the sampled tokens in one go
+    barrier   the official code's: text in and out; all wait for the last of a turn, then compute the whole prefix again
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from reward import TAGS
+from rollout import Completion, Episode, Limits, Rollout, VLLMEngine
+
+PROMPT, TURN, PASSAGE = 64, (16, 48), 40  # tokens, bounds of a turn's tokens, words
+WAYS = ("ours", "eager", "bare", "barrier")
+# (trajectories, searches, latency in ms), each varied around the first
+GRID = [(64, 2, 50), (64, 2, 200), (64, 2, 0), (64, 0, 50), (64, 1, 50), (64, 4, 50), (16, 2, 50), (256, 2, 50)]
+
+
+class Workload(VLLMEngine):
+    """The engine, but a turn ends after its drawn number of tokens; and a tokenizer that reads a query at the end of all."""
+
+    def __init__(self, model: str):
+        from transformers import AutoTokenizer
+
+        super().__init__(model, max_context=4000)
+        self.tokenizer, add = AutoTokenizer.from_pretrained(model), self.engine.add_request
+
+        def add_endless(name: str, prompt, params, **options) -> None:
+            params.ignore_eos = True
+            add(name, prompt, params, **options)
+
+        self.engine.add_request = add_endless
+
+    def draw(self, trajectories: int, searches: int, latency: float) -> None:
+        rng, decode = random.Random(0), self.tokenizer.decode
+        words = [w for w in range(1000, 20_000) if decode([w]).strip().isalpha()]
+        self.searches, self.latency, self.passage = (
+            searches,
+            latency,
+            {"title": "T", "text": decode(rng.choices(words, k=PASSAGE))},
+        )
+        self.prompts = [tuple(rng.choices(words, k=PROMPT)) for _ in range(trajectories)]
+        self.lengths = [[rng.randint(*TURN) for _ in range(searches + 1)] for _ in range(trajectories)]
+        self.documents = Rollout(self, self.tokenizer, self.search, TAGS, Limits())._encode_documents([self.passage])
+
+    def search(self, queries: list[str], k: int) -> list[list[dict]]:
+        time.sleep(self.latency)
+        return [[self.passage] for _ in queries]
+
+    def decode(self, token_ids: list[int]) -> str:
+        return self.tokenizer.decode(token_ids) + f"{TAGS.query[0]} red {TAGS.query[1]}"
+
+    def submit(self, key, token_ids, **options):
+        self.prompt_of[key] = prompt = tuple(token_ids[:PROMPT])
+        stop = ["a stop string that", "the model never writes"]  # it would write the tags
+        super().submit(key, token_ids, **options | {"max_tokens": self.left[prompt].pop(), "stop": stop})
+
+    def step(self) -> list[Completion]:
+        last = {key for key, prompt in self.prompt_of.items() if not self.left[prompt]}
+        return [replace(c, stop=TAGS.answer[1] if c.key in last else TAGS.query[1]) for c in super().step()]
+
+    # each way returns how many tokens it sampled
+
+    def ours(self, deterministic: bool = True) -> int:
+        self.prompt_of, self.left = {}, {p: n[::-1] for p, n in zip(self.prompts, self.lengths, strict=True)}
+        rollout = Rollout(self, self.tokenizer, self.search, TAGS, Limits(max_context=4000), deterministic)
+        rollout.tokenizer = self  # whose `decode` is below
+        return sum(sum(e.action_mask) for e in rollout.run(Episode({}, list(prompt)) for prompt in self.prompts))
+
+    def eager(self) -> int:
+        return self.ours(deterministic=False)
+
+    def generate(self, inputs: list, lengths: list[int], **options) -> list:
+        from vllm import SamplingParams
+
+        params = [SamplingParams(max_tokens=length, ignore_eos=True, **options) for length in lengths]
+        return [output.outputs[0] for output in self.llm.generate(inputs, params, use_tqdm=False)]
+
+    def bare(self) -> int:
+        inputs = [{"prompt_token_ids": [*prompt, *self.documents * self.searches]} for prompt in self.prompts]
+        return sum(len(o.token_ids) for o in self.generate(inputs, list(map(sum, self.lengths))))
+
+    def barrier(self) -> int:
+        texts, documents, sampled = list(map(self.tokenizer.decode, self.prompts)), self.tokenizer.decode(self.documents), 0
+        for turn in range(self.searches + 1):
+            outputs = self.generate(texts, [lengths[turn] for lengths in self.lengths], skip_reading_prefix_cache=True)
+            sampled += sum(len(o.token_ids) for o in outputs)
+            texts = [text + o.text + documents for text, o in zip(texts, outputs, strict=True)]
+            _ = turn < self.searches and self.search(texts, 1)
+        return sampled
+
+
+def measure(workload: Workload, repeats: int) -> dict:
+    """Median rates; median, least and greatest of the ratios of rates measured one after another."""
+    rates: dict[str, list[float]] = {way: [] for way in WAYS}
+    for repeat in range(repeats):
+        for way in WAYS if repeat % 2 else WAYS[::-1]:
+            workload.llm.reset_prefix_cache()
+            start = time.perf_counter()
+            rates[way].append(getattr(workload, way)() / (time.perf_counter() - start))
+    result: dict = {f"{way}_tokens_per_s": round(statistics.median(rates[way]), 1) for way in WAYS}
+    for a, b in (("ours", "bare"), ("eager", "bare"), ("ours", "eager"), ("ours", "barrier")):
+        ratios = [x / y for x, y in zip(rates[a], rates[b], strict=True)]
+        result[f"{a} / {b}"] = [round(f(ratios), 3) for f in (statistics.median, min, max)]
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="demo/model", help="Hugging Face folder")
+    parser.add_argument("--cells", type=int, default=len(GRID), help="only the first so many settings")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--json", action="store_true", help="a line of JSON each; the last one has the ratios")
+    args = parser.parse_args()
+    workload, ratios = Workload(args.model), {}
+    workload.draw(8, 1, 0.0)
+    measure(workload, 1)  # warm up
+    for trajectories, searches, latency in GRID[: args.cells]:
+        workload.draw(trajectories, searches, latency / 1000)
+        name, result = f"{trajectories} trajectories, {searches} searches, {latency} ms", measure(workload, args.repeats)
+        ratios[name] = {key: value for key, value in result.items() if "/" in key}
+        print(json.dumps({"name": name} | result) if args.json else f"{name}: {ratios[name]}", flush=True)
+    print(json.dumps({"name": "ratios"} | ratios) if args.json else "")
+
+
+if __name__ == "__main__":
+    main()

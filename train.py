@@ -196,9 +196,7 @@ def start_distributed() -> torch.device:
 
 
 def load_policy(config: Config, device: torch.device, frozen: bool = False) -> Policy:
-    """The model in FSDP2: fp32 parameters (bf16 if frozen), bf16 compute, fp32 reduction, each decoder layer a unit."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    """The model of `config`, sharded: fp32 parameters, bf16 if frozen."""
     from transformers import AutoModelForCausalLM
 
     lm = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.bfloat16 if frozen else torch.float32)
@@ -208,6 +206,14 @@ def load_policy(config: Config, device: torch.device, frozen: bool = False) -> P
         raise ValueError(f"--model {config.model}: its head is not a plain linear map; such models are not supported")
     if "sliding_attention" in (getattr(lm.config, "layer_types", None) or ()):
         raise ValueError(f"--model {config.model}: sliding-window attention is not supported")
+    return shard(lm, config, device, frozen)
+
+
+def shard(lm: nn.Module, config: Config, device: torch.device, frozen: bool = False) -> Policy:
+    """The model in FSDP2: bf16 compute, fp32 reduction, each decoder layer a unit."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
     if config.gradient_checkpointing and not frozen:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(lm).train(not frozen).requires_grad_(not frozen)

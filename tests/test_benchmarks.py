@@ -4,14 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import faiss
 import numpy as np
 import pytest
+import torch
 from test_retriever import PASSAGES, write
 
-from benchmarks import dense_memory
+from benchmarks import dense_memory, memory_7b
 from benchmarks import retriever as benchmark
 
 ROOT = Path(__file__).parent.parent
@@ -64,3 +66,49 @@ def test_the_retrieval_benchmark_runs_and_ends_in_the_ratios(tmp_path):
     assert found["server-1000"]["wrong"] == 0 and found["server-1000"]["requests"] == 200
     assert found["recall-tantivy"]["top3"] == found["recall-rank-bm25"]["top3"] == 1
     assert list(found)[-1] == "ratios" and len(found["ratios"]) == 2
+
+
+def test_the_simulated_table_is_that_of_the_saved_run_which_agrees_with_arithmetic():
+    *rows, ratios = map(json.loads, (ROOT / "results" / "memory" / "memory_7b.jsonl").read_text().splitlines())
+    assert memory_7b.table(rows) in (ROOT / "README.md").read_text()
+    assert len(rows) == len(memory_7b.MODELS) * len(memory_7b.RANKS) * len(memory_7b.CONTEXTS) * len(memory_7b.CASES)
+    assert ratios.pop("name") == "ratios" and set(ratios) == set(memory_7b.WIDTHS)
+    assert all(ratio == pytest.approx(1, rel=0.02) for ratio in ratios.values())
+
+
+class AttentionOperators(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "attention" in str(function):
+            self.names.add(function._schema.name)
+        return function(*args, **kwargs or {})
+
+
+SMALL = ("llama", "llama", 2048, 128, 448, 2, 2, 1)  # as in memory_7b.MODELS
+
+
+def small_steps() -> list[tuple[dict[str, int], int, set[str]]]:
+    """Of two cases: simulated bytes, what a real step allocates at its peak over its start, the attention's operators."""
+    found = []
+    for name in ("as preset", "neither"):
+        case = (SMALL, 8, 256, *memory_7b.CASES[name])
+        with memory_7b.training(nullcontext(), *case) as (*_, step):
+            with AttentionOperators() as attention:
+                step()
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
+                step()
+        events = [event for event in run.profiler.kineto_results.events() if event.name() == "[memory]"]
+        alive = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
+        found.append((memory_7b.simulate(*case), int(alive.max()), attention.names))
+    return found
+
+
+def test_a_simulated_step_takes_what_arithmetic_says_and_what_a_real_one_allocates():
+    for simulated, allocated, attention in benchmark.alone(small_steps):  # the process group is theirs alone
+        for kind, width in memory_7b.WIDTHS.items():
+            assert simulated[kind] == pytest.approx(width * memory_7b.parameter_count(*SMALL[1:]) / 8, rel=0.02)
+        assert simulated["total"] - simulated["start"] == pytest.approx(allocated, rel=0.02)
+        assert attention and all("flash_attention" in name for name in attention)  # no scores of (T, T)

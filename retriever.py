@@ -52,6 +52,8 @@ class Retriever(Protocol):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files: one JSON object a line
 
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what comes of JSON that is not as expected
+
 
 def scan_jsonl(path: str | Path, parse: Callable[[dict], dict], expected: str) -> Iterator[tuple[int, dict]]:
     """Stream a JSONL file of any size: where each line begins, in bytes, and its record, through `parse`.
@@ -67,9 +69,9 @@ def scan_jsonl(path: str | Path, parse: Callable[[dict], dict], expected: str) -
             if line.strip():
                 try:
                     record = parse(json.loads(line))
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise ValueError(f"{path}:{number}: expected {expected}, got {error!r}") from None
-                ids.append(hash(record["id"]))
+                    ids.append(hash(record["id"]))
+                except MALFORMED as error:  # cut: it may quote all of a binary file
+                    raise ValueError(f"{path}:{number}: expected {expected}, got {error!r:.200}") from None
                 yield begin, record
             begin += len(line)
     if not ids:
@@ -82,7 +84,7 @@ def scan_jsonl(path: str | Path, parse: Callable[[dict], dict], expected: str) -
             for number, line in enumerate(lines, 1):
                 if line.strip() and hash(name := parse(json.loads(line))["id"]) in twice:
                     if name in seen:
-                        raise ValueError(f"{path}:{number}: id {name!r} occurs twice")
+                        raise ValueError(f"{path}:{number}: id {name!r:.200} occurs twice")
                     seen.add(name)
 
 
@@ -121,8 +123,10 @@ def whole(path: str | Path) -> Iterator[None]:
     """What a library cannot read is named."""
     try:
         yield
-    except Exception as error:
-        raise ValueError(f"{path}: damaged or of another version ({str(error).splitlines()[0]}); build it again") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic of tantivy's is no Exception
+        raise ValueError(f"{path}: damaged or of another version ({error!r:.200}); build it again") from None
 
 
 def clean(text: str) -> str:
@@ -166,15 +170,14 @@ def read_questions(path: str | Path) -> list[dict]:
     """
 
     def parse(record: dict) -> dict:
-        answers = texts(record["answers"] if "answers" in record else record["answer"])
-        if not record["question"].strip() or not any(answers):
+        name, dataset = record["id"] if "id" in record else record["idx"], record.get("dataset") or Path(path).stem
+        question, answers = record["question"].strip(), texts(record["answers"] if "answers" in record else record["answer"])
+        if not question or not any(answers):
             raise ValueError("a question without text or answer")
-        return {
-            "id": str(record["id"] if "id" in record else record["idx"]),
-            "question": record["question"].strip(),
-            "answers": [a for a in answers if a],
-            "dataset": record.get("dataset") or Path(path).stem,
-        }
+        if not (isinstance(name, str | int) and isinstance(dataset, str)):
+            raise ValueError("id must be a string or a number, dataset a string")
+        answers = [clean(a) for a in answers if a]
+        return {"id": clean(str(name)), "question": clean(question), "answers": answers, "dataset": clean(dataset)}
 
     return read_jsonl(path, parse, '{"id", "question", "answers"}')
 
@@ -324,6 +327,8 @@ class PassageFile:
 
     def __init__(self, path: str | Path, rows: Path):
         self.file, self.rows = open(path, "rb"), np.load(rows, mmap_mode="r")  # noqa: SIM115
+        if self.rows.ndim != 1 or self.rows[-1] != os.path.getsize(path):
+            raise ValueError(f"{rows}: not the rows of {path}")
 
     def __len__(self) -> int:
         return len(self.rows) - 1
@@ -440,8 +445,8 @@ def fetch(session, method: str, url: str, turn: Callable[[], None] = lambda: Non
 def shape_of(url: str) -> Iterator[None]:
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RuntimeError(f"{url}: an answer of another shape than expected ({error!r})") from None
+    except MALFORMED as error:
+        raise RuntimeError(f"{url}: an answer of another shape than expected ({error!r:.200})") from None
 
 
 class Provider(NamedTuple):
@@ -557,7 +562,7 @@ def enter_folder(out: Path, corpus: str, settings: dict) -> dict:
     there, made = {}, [path for name in ("tantivy", "faiss.index", "vectors-*.npy") for path in out.glob(name)]
     if file.is_file():
         with whole(out):
-            there = json.loads(file.read_text())
+            there = dict(json.loads(file.read_text()))
     elif out.exists() and any(path.suffix != ".partial" for path in out.iterdir()):
         raise ValueError(f"{out}: it is not empty and holds no index; choose another --out")
     if other := [name for name in header if there.get(name) != header[name]]:
@@ -605,7 +610,8 @@ def build_dense(corpus: str, out: Path, encoder: str, factory: str, parameters: 
             begins = array("q", (begin for begin, _ in scan_passages(corpus)))
             save_array(out / "rows.npy", np.append(np.frombuffer(begins, np.int64), os.path.getsize(corpus)))
     barrier()
-    passages = PassageFile(corpus, out / "rows.npy")
+    with whole(out):
+        passages = PassageFile(corpus, out / "rows.npy")
     if not prebuilt:
         shards = [out / f"vectors-{n:05d}.npy" for n in range(-(-len(passages) // SHARD))]
         embed(passages, shards[rank::world], encoder)
@@ -670,10 +676,11 @@ def write_faiss(path: Path, shards: list[Path], factory: str) -> None:
 def open_index(folder: Path, corpus: str | None) -> Retriever:
     with whole(folder):
         header = json.loads((folder / "index.json").read_text())
-        kind, indexed = header["kind"], header["fingerprint"]
-        if header["version"] != VERSION:
-            raise ValueError(f"version {header['version']}")
-        corpus = corpus or (header["corpus"] if kind == "dense" else None)  # tantivy holds its passages
+        kind, indexed, version = header["kind"], header["fingerprint"], header["version"]
+        needed = {"bm25": [], "dense": ["corpus", "encoder", "parameters"]}[kind]  # tantivy holds its passages
+        if version != VERSION or not all(isinstance(header[name], str) for name in needed):
+            raise ValueError(f"version {version}")
+        corpus = corpus or (header["corpus"] if kind == "dense" else None)
     if corpus and not Path(corpus).is_file():
         raise FileNotFoundError(f"{folder}: its corpus {corpus} is not there; say where it is with --corpus")
     untouched = corpus and header | stamp(corpus) == header
@@ -683,7 +690,7 @@ def open_index(folder: Path, corpus: str | None) -> Retriever:
         return TantivyBM25.open(folder / "tantivy")
     with whole(folder):
         passages = PassageFile(corpus, folder / "rows.npy")
-    return Dense(passages, folder / "faiss.index", header["encoder"], header.get("parameters", ""))
+    return Dense(passages, folder / "faiss.index", header["encoder"], header["parameters"])
 
 
 def open_retriever(source: str, backend: str = "auto", corpus: str | None = None) -> Retriever:

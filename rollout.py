@@ -143,7 +143,7 @@ class Rollout:
     def __init__(self, engine: Engine, tokenizer, search, tags, limits: Limits, deterministic: bool = False):
         self.engine, self.tokenizer, self.search, self.tags = engine, tokenizer, search, tags
         self.limits, self.deterministic = limits, deterministic
-        self.search_error: Exception | None = None  # the last one, for the message that stops a run
+        self.search_error: BaseException | None = None  # the last one, for the message that stops a run
         self._encode = data_encoder(tokenizer)
         # A documents block's tokens lie within so many characters, as none is longer than the vocabulary's longest. A cut
         # there changes the word that it hits, which in text lies far behind them: words have a few characters, the longest
@@ -234,7 +234,7 @@ class Rollout:
         try:
             results = self.search(queries, self.limits.documents_per_search)
             return [(self._encode_documents(passages), False) for _, passages in zip(queries, results, strict=True)]
-        except Exception as error:  # the retriever has done its own retries; the run goes on and counts it
+        except BaseException as error:  # the retriever has done its own retries; the run goes on and counts it
             self.search_error = error
             return [(self._encode_documents([]), True) for _ in queries]
 

@@ -1,14 +1,21 @@
 """What must hold of hostile text, of backends that answer wrongly, of files that are not what they should be; safety."""
 
+import contextlib
+import io
+import json
 import math
 import time
+from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ASK, SPECIAL, TELL, ScriptedEngine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_rollout import consistent
 
+import data_prep
+import evaluate
 import retriever
 from reward import REWARDS, TAGS, judge
 from rollout import Episode, Limits, Rollout, data_encoder
@@ -177,3 +184,226 @@ def test_a_passage_is_cut_where_its_tokens_end(tokenizer, parts):
     episode, _ = play_hostile(tokenizer, [ASK, TELL], passages, max_document_tokens=100)
     injected = [t for t, acted in zip(episode.token_ids, episode.action_mask, strict=True) if not acted]
     assert injected == episode.prompt_ids + block(tokenizer, passages, 100)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that are not what they should be: either a result that can be used, or one line that names the file
+
+KEYS = """
+    id _id idx question answer answers answer_aliases answerable dataset title text contents pred_ans judge_reply
+    wikipedia_id wikipedia_title
+""".split()
+SCALARS = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.sampled_from([10**30, "\ud800"])
+)
+VALUES = st.recursive(
+    SCALARS,
+    lambda inner: st.one_of(st.lists(inner, max_size=3), st.dictionaries(st.sampled_from([*KEYS, "x"]), inner, max_size=3)),
+    max_leaves=6,
+)
+RECORD = {key: "x" for key in KEYS if key != "contents"} | {"answers": ["x"], "answer_aliases": [], "text": ["x", "y"]}
+RECORDS = st.one_of(  # one value or key of a good record is wrong; or nothing is right
+    st.builds(
+        lambda n, key, value: RECORD | {"id": n, "_id": n, "idx": n, key: value},
+        st.integers(0, 3),
+        st.sampled_from(KEYS),
+        VALUES,
+    ),
+    st.builds(
+        lambda key, text: {k: v for k, v in (RECORD | {"text": text}).items() if k != key}, st.sampled_from(KEYS), st.text()
+    ),
+    VALUES,
+)
+
+
+def as_file(records, encoding, cut, array) -> bytes:
+    text = json.dumps(records) if array else "".join(json.dumps(record) + "\n" for record in records)
+    data = text.encode(encoding)
+    return data[: len(data) - cut] if cut < len(data) else data
+
+
+FILES = st.one_of(
+    st.binary(max_size=60),
+    st.builds(
+        as_file,
+        st.lists(RECORDS, max_size=4),
+        st.sampled_from(["utf-8", "utf-8", "utf-8", "utf-8-sig", "utf-16", "utf-32", "cp037"]),
+        st.sampled_from([0, 0, 0, 1, 2, 9]),
+        st.booleans(),
+    ),
+    st.sampled_from([
+        b"", b"\n\n", b"\0", b"\xff" * 100_000, b"[" * 100_000, b'{"id":' * 100_000, b"1" * 10_000,
+        b'{"id": "\xed\xa0\x80"}',
+        b"\x1f\x8b\x08", b"PAR1", b'"' + b"x" * 10**6, b"id,question,answer\n1,2,3,4\n", b"SQLite format 3\0",
+    ]),
+)  # fmt: skip
+
+
+def read_or_refuse(read, path):
+    """What `read` gives, or None if a command would have ended with status 2 and one short line that names `path`."""
+    err = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(err), retriever.user_errors("program"):
+            return read()
+    except SystemExit as stop:
+        message = err.getvalue()
+        assert stop.code == 2 and message.count("\n") == 1 and str(path) in message and len(message) < 1000 + len(str(path))
+
+
+def can_be_written(records):
+    """As every file of ours: UTF-8."""
+    assert json.dumps(records, ensure_ascii=False).encode()
+
+
+def use_questions(questions):
+    can_be_written(questions)
+    assert len({q["id"] for q in questions}) == len(questions) > 0
+    for q in questions:
+        assert all(isinstance(q[name], str) for name in ("id", "question", "dataset")) and q["question"]
+        assert q["answers"] and all(isinstance(a, str) and a for a in q["answers"])
+
+
+def use_passages(passages):
+    can_be_written(passages)
+    assert len({p["id"] for p in passages}) == len(passages) > 0
+    assert all(isinstance(p[name], str) for p in passages for name in ("id", "title", "text"))
+
+
+def use_outputs(outputs):
+    can_be_written([o["record"] for o in outputs])
+    assert evaluate.table(evaluate.measure_by_dataset(outputs, evaluate.score))
+    assert [evaluate.JUDGE_PROMPT.format(**o) for o in outputs]
+
+
+READERS = {
+    "questions": (retriever.read_questions, use_questions),
+    "passages": (retriever.read_passages, use_passages),
+    "passages to search": (lambda path: [p for p, in retriever.open_retriever(str(path)).search(["x"], 1)], can_be_written),
+    "outputs": (evaluate.read_outputs, use_outputs),
+    **{f"published {name}": (lambda path, name=name: data_prep.published_questions(path, name)[0], use_questions)
+       for name in data_prep.ID_FIELDS},
+    **{f"corpus {name}": (lambda path, name=name: data_prep.convert(name, path, 1, path.read_bytes().splitlines(True))[0],
+       lambda lines: [use_passages([p]) for p in map(json.loads, lines.splitlines())]) for name in data_prep.FORMATS},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("reader", READERS)
+@settings(bounded, max_examples=50)
+@given(data=FILES)
+def test_a_hostile_file_is_read_or_refused_by_name(tmp_path_factory, reader, data):
+    read, use = READERS[reader]
+    path = tmp_path_factory.getbasetemp() / ("hostile.csv" if reader == "published bamboogle" else "hostile.jsonl")
+    path.write_bytes(data)
+    if (result := read_or_refuse(lambda: read(path), path)) is not None:
+        use(result)
+
+
+@pytest.fixture(scope="module")
+def indexes(tmp_path_factory) -> dict[str, Path]:
+    """An index folder of each kind, whole."""
+    import faiss
+
+    folder = tmp_path_factory.mktemp("indexes")
+    corpus = folder / "corpus.jsonl"
+    corpus.write_text("".join(json.dumps({"id": n, "title": "T", "text": f"red {n}"}) + "\n" for n in range(20)))
+    retriever.build_bm25(str(corpus), folder / "bm25")
+    header = retriever.enter_folder(folder / "dense", str(corpus), {"kind": "dense", "encoder": "e", "prebuilt": None})
+    (folder / "dense" / "index.json").write_text(json.dumps(header | {"factory": "Flat", "parameters": ""}))
+    begins = [begin for begin, _ in retriever.scan_passages(corpus)]
+    retriever.save_array(folder / "dense" / "rows.npy", np.array([*begins, corpus.stat().st_size]))
+    index = faiss.IndexFlatIP(4)
+    index.add(np.eye(20, 4, dtype=np.float32))
+    faiss.write_index(index, str(folder / "dense" / "faiss.index"))
+    return {kind: folder / kind for kind in ("bm25", "dense")}
+
+
+class FourNumbers:
+    """In place of a real encoder."""
+
+    def __init__(self, model):
+        self.model = self
+
+    def get_embedding_dimension(self):
+        return 4
+
+    def queries(self, queries):
+        return np.ones((len(queries), 4), np.float32)
+
+
+def npy(array) -> bytes:
+    file = io.BytesIO()
+    np.save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["bm25", "dense"])
+@settings(bounded, max_examples=100)
+@given(data=st.data())
+def test_a_damaged_or_foreign_index_opens_or_is_refused_by_name(indexes, kind, data):
+    folder = indexes[kind]
+    file = data.draw(st.sampled_from(sorted(path for path in folder.rglob("*") if path.is_file())))
+    whole = file.read_bytes()
+    damages = [st.just(b""), st.integers(0, len(whole)).map(lambda end: whole[:end]), FILES]
+    if file.name == "index.json":  # a value or a key of it is another
+        header = json.loads(whole)
+        edited = lambda key, value: json.dumps(header | {key: value}).encode()  # noqa: E731
+        keys = st.sampled_from(sorted(header))
+        damages.append(st.builds(edited, keys, VALUES))
+        damages.append(keys.map(lambda key: whole.replace(f'"{key}"'.encode(), b'"x"')))
+    if file.name == "rows.npy":  # of another corpus, or no rows at all
+        shapes = (np.arange(21), np.zeros((21, 2)), np.int64(3), np.array([]), np.array(["x"] * 21))
+        damages.append(st.sampled_from([npy(array) for array in shapes]))
+    if file.name == "faiss.index":  # of forged headers faiss dies, for which there is no remedy here
+        damages.remove(FILES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(retriever, "Encoder", FourNumbers)
+        try:
+            file.write_bytes(data.draw(st.one_of(damages)))
+            read_or_refuse(lambda: retriever.open_retriever(str(folder)), folder)
+        finally:
+            file.write_bytes(whole)
+
+
+class Panic(BaseException):
+    """As tantivy's in a damaged index: no `Exception`."""
+
+
+@pytest.mark.parametrize("found", [KeyError("x"), RecursionError(), Panic("mid > len")])
+def test_whatever_a_search_raises_is_a_failed_search(play, found):
+    def search(queries, k):
+        raise found
+
+    episode, _ = play([ASK, TELL], search=search)
+    assert (episode.search_failures, episode.finish_reason) == (1, "answer")
+
+
+OTHER_FILES = {
+    "a prompt that is not UTF-8": ("p.txt", b"{question} \xff"),
+    "a cache that is no database": ("cache.sqlite", b"x" * 5000),
+    "half of the metrics": ("out/metrics.json", b'{"protocol": {'),
+    "someone else's metrics": ("out/metrics.json", b'{"loss": 1.0}'),
+    "someone else's journal": ("out/answered.jsonl.partial", b"[1]\n[2]\n"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_FILES)
+def test_what_else_a_command_reads_is_refused_by_name(tmp_path, model_folder, case):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "p.txt").write_text("Question: {question}\n<think>")
+    (tmp_path / "q.jsonl").write_text('{"id": 1, "question": "q", "answers": ["b"]}\n')
+    (tmp_path / "o.jsonl").write_text('{"question": "q", "answer": "b", "pred_ans": "b"}\n')
+    name, data = OTHER_FILES[case]
+    (tmp_path / name).write_bytes(data)
+    files = {"questions": "q.jsonl", "retriever": "q.jsonl", "prompt_file": "p.txt", "out": "out"}
+    words = ["run", f"--model={model_folder}", "--engine=transformers", *(f"--{k}={tmp_path / v}" for k, v in files.items())]
+    if name == "cache.sqlite":
+        words = [
+            "judge",
+            f"{tmp_path / 'o.jsonl'}",
+            "--base_url=http://127.0.0.1:9",
+            "--model=j",
+            f"--cache={tmp_path / name}",
+        ]
+    args = evaluate.parse_arguments(words)
+    read_or_refuse(lambda: args.handler(args) or pytest.fail("it was not refused"), tmp_path / name)
+    assert (tmp_path / name).read_bytes() == data

@@ -267,6 +267,16 @@ def test_a_run_folder_is_never_overwritten(world):
     assert Path("a/metrics.jsonl").read_bytes().startswith(before)
 
 
+def test_a_damaged_configuration_is_named_and_the_run_left_alone(world):
+    """A kill while it was written, for which the run's checkpoints would be lost to --resume, must not damage it."""
+    folder = Path("a/checkpoints")
+    folder.mkdir(parents=True)
+    Path("a/config.json").write_text('{"model":')
+    with pytest.raises(ValueError, match=r"^a/config\.json: damaged"):
+        train.train(world, Path("a"), True, None)
+    assert Path("a/config.json").read_text() == '{"model":'
+
+
 def test_a_start_that_failed_does_not_occupy_the_folder(world):
     with pytest.raises(FileNotFoundError):
         train.train(dataclasses.replace(world, questions="nowhere.jsonl"), Path("a"), False, None)

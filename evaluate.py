@@ -381,7 +381,7 @@ def ask_judge(args: argparse.Namespace, prompts: list[str]) -> dict[str, str | N
                     (choice,) = answered["choices"]
                     row = (clean(str(choice["message"]["content"] or "")),)
             except RuntimeError as error:
-                failures.append(str(error).replace(key, "***") if key else str(error))  # a server may quote what it refuses
+                failures.append(str(error))
                 return None
             with lock:
                 cache.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", asked + row)

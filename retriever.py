@@ -409,35 +409,45 @@ def read_hit(hit: dict) -> Passage:
 
 
 WAITS = (0, 1, 2, 4, 8, 16)  # seconds before a request is sent again
+TIMEOUT = (5, 60)  # seconds to connect, and without a byte of the answer
+GIVE_UP = 300  # seconds after which a request is not sent again, however long the server asks to wait
 
 
 def fetch(session, method: str, url: str, turn: Callable[[], None] = lambda: None, **request) -> dict:
     """The JSON that a server answers, of whom much is forgiven: silence, half an answer, 429 and 5xx are tried again.
 
-    `turn` is called before each try.
+    `turn` is called before each try. None begins later than GIVE_UP seconds after the first; each is bounded by TIMEOUT.
 
     Raises:
         RuntimeError: after the last try, in one line without the request's headers.
     """
     import requests
 
+    def said(response) -> str:
+        text = response.text
+        for value in request.get("headers", {}).values():  # a server may quote the key that it refuses
+            text = text.replace(value.removeprefix("Bearer "), "***")
+        return repr(text[:200])
+
+    begin = time.monotonic()
     for wait in (*WAITS, None):
         turn()
         try:
-            response = session.request(method, url, timeout=(5, 60), **request)
+            response = session.request(method, url, timeout=TIMEOUT, **request)
             if response.status_code == 200:
                 return response.json()
-            failure = f"status {response.status_code}: {response.text[:200]!r}"
+            failure = f"status {response.status_code}: {said(response)}"
             if response.status_code not in (429, 500, 502, 503, 504):
                 break
             after = response.headers.get("Retry-After", "")
             wait = max(wait, min(int(after), 60)) if wait is not None and after.isdigit() else wait
-        except requests.exceptions.JSONDecodeError:
-            failure = f"not JSON: {response.text[:200]!r}"
+        except (requests.exceptions.JSONDecodeError, RecursionError):
+            failure = f"not JSON: {said(response)}"
         except requests.exceptions.RequestException as error:
             failure = f"no answer ({type(error).__name__})"
-        if wait is not None:
-            time.sleep(wait)
+        if wait is None or time.monotonic() + wait > begin + GIVE_UP:
+            break
+        time.sleep(wait)
     raise RuntimeError(f"{url}: {failure}")
 
 

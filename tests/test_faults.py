@@ -1,10 +1,13 @@
 """What must hold of hostile text, of backends that answer wrongly, of files that are not what they should be; safety."""
 
+import ast
 import contextlib
 import io
 import json
 import math
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +20,8 @@ from test_rollout import consistent
 import data_prep
 import evaluate
 import retriever
-from reward import REWARDS, TAGS, judge
-from rollout import Episode, Limits, Rollout, data_encoder
+from reward import PROMPTS, REWARDS, TAGS, judge
+from rollout import Episode, Limits, Rollout, data_encoder, prompt_encoder
 
 bounded = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -124,6 +127,26 @@ def test_what_a_policy_does_to_cheat(tokenizer, script, reason, rule):
     assert episode.finish_reason == reason and judge(episode.segments, len(asked), ["b"])["failed_rule"] == rule
 
 
+@bounded
+@given(st.one_of(TEXTS, st.text(max_size=20)), st.sampled_from(sorted(PROMPTS)))
+def test_a_hostile_question_is_a_prompt_like_any_other(tokenizer, tmp_path_factory, text, prompt):
+    """No special token comes of it, and what cannot be encoded, a lone surrogate, is replaced when it is read."""
+    file = tmp_path_factory.getbasetemp() / "questions.jsonl"
+    file.write_text(json.dumps({"id": 0, "question": f"Q {text} \ud800?", "answers": ["b"]}))
+    (question,) = retriever.read_questions(file)
+    encode, special = prompt_encoder(tokenizer, PROMPTS[prompt]), set(tokenizer.all_special_ids)
+    ids = encode(question["question"])
+    assert sum(t in special for t in ids) == sum(t in special for t in encode("Q"))
+    assert question["question"] in tokenizer.decode(ids)
+
+
+def test_a_question_that_fills_the_context_ends_its_episode(tokenizer, scripted):
+    ids = prompt_encoder(tokenizer, PROMPTS["base"])("w" * 300_000)
+    (episode,) = Rollout(scripted([TELL]), tokenizer, None, TAGS, Limits()).run([Episode({}, ids)])
+    consistent(episode, tokenizer)
+    assert episode.finish_reason == "length" and not any(episode.action_mask)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A search backend that answers wrongly
 
@@ -172,6 +195,13 @@ def test_a_gigantic_passage_costs_no_more_than_what_can_be_used_of_it(tokenizer,
     assert time.monotonic() - begin < 3
     assert len(episode.token_ids) - len(episode.prompt_ids) - sum(episode.action_mask) == Limits().max_document_tokens
     assert episode.finish_reason == "answer" and episode.segments[2][1].endswith("\n<|end_of_documents|>")
+
+
+def test_a_budget_too_small_for_the_closing_tag_leaves_the_tag_alone(play, tokenizer):
+    """A budget less the tag of below 0 counted from the end, and let through nearly all of the passage."""
+    search = lambda queries, k: [[{"title": "T", "text": "word " * 999}] for _ in queries]  # noqa: E731
+    episode, _ = play([ASK, TELL], search=search, max_document_tokens=1)
+    assert episode.segments[2] == ("documents", "\n<|end_of_documents|>")
 
 
 @bounded
@@ -407,3 +437,107 @@ def test_what_else_a_command_reads_is_refused_by_name(tmp_path, model_folder, ca
     args = evaluate.parse_arguments(words)
     read_or_refuse(lambda: args.handler(args) or pytest.fail("it was not refused"), tmp_path / name)
     assert (tmp_path / name).read_bytes() == data
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Safety
+
+LIBRARY = [Path(retriever.__file__).with_name(f"{name}.py") for name in """
+    reward data_prep retriever rollout reinforce_pp evaluate train
+""".split()]  # fmt: skip
+UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
+UNSAFE_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "torch.load", "torch.hub.load"}
+UNSAFE_OPTIONS = {"trust_remote_code", "allow_pickle", "shell"}
+
+
+def unsafe(source: str) -> list[str]:
+    """What in a program could run code out of a file or out of a text."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
+            found += [name for name in names if name.split(".")[0] in UNSAFE_MODULES]
+        if isinstance(node, ast.Call):
+            found += {ast.unparse(node.func)} & UNSAFE_CALLS
+            found += {keyword.arg for keyword in node.keywords} & UNSAFE_OPTIONS
+    return found
+
+
+@pytest.mark.parametrize("file", LIBRARY, ids=lambda file: file.name)
+def test_nothing_read_is_ever_run(file):
+    assert unsafe(file.read_text()) == []
+
+
+def test_what_would_be_run_is_found():
+    for line in ("import pickle", "from joblib import load", "eval(x)", "f(x, trust_remote_code=y)", "torch.load(x)"):
+        assert unsafe(line), line
+
+
+def test_a_server_listens_on_this_machine_unless_told_otherwise():
+    assert retriever.parse_arguments(["serve", "--index", "x"]).host == "127.0.0.1"
+
+
+KEYS_OF_SERVICES = {name: f"sentinel-{name.lower()}" for name in ("OPENAI_API_KEY", "SERPER_API_KEY", "BRAVE_API_KEY")}
+
+
+@pytest.fixture
+def quoting_server():
+    """Refuses every request, and quotes its headers, the key among them."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            self.server.keys += [value for value in self.headers.values() if "sentinel-" in value]
+            text = f"refused: {[value for value in self.headers.values() if 'sentinel-' in value]}".encode()
+            self.send_response(403)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text)
+
+        do_GET = do_POST
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.keys, server.url = [], f"http://127.0.0.1:{server.server_port}"
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.mark.parametrize("provider", ["serper", "brave"])
+def test_no_key_is_written_anywhere_and_no_data_becomes_a_path(
+    tmp_path, model_folder, monkeypatch, capfd, quoting_server, provider
+):
+    """`run`, `judge` and `report` of questions whose ids and data sets try to leave the folder."""
+    for name, key in KEYS_OF_SERVICES.items():
+        monkeypatch.setenv(name, key)
+    monkeypatch.setenv("HOME", str(tmp_path))  # of the cache of searches
+    monkeypatch.setitem(
+        retriever.PROVIDERS, provider, retriever.PROVIDERS[provider]._replace(url=quoting_server.url, rate=1000)
+    )
+    work = tmp_path / "a" / "b"
+    work.mkdir(parents=True)
+    monkeypatch.chdir(work)
+    Path("p.txt").write_text("Question: {question}\n<think>")
+    names = ["../../up", "/tmp/nanosearcher-absolute", "a/b", "..", "nul\0", "x" * 300, "$(touch ran)", "`touch ran`"]
+    questions = [{"id": n, "dataset": n, "question": f"who is {i}?", "answers": [n]} for i, n in enumerate(names)]
+    Path("q.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    flags = ["--questions=q.jsonl", "--prompt_file=p.txt", "--max_context=300", "--max_turn_tokens=40", "--out=out"]
+    evaluate.main(["run", f"--model={model_folder}", "--engine=transformers", f"--retriever=web:{provider}", *flags])
+    with pytest.raises(SystemExit) as stop:
+        evaluate.main(
+            ["judge", "out/transcripts.jsonl", f"--base_url={quoting_server.url}", "--model=j", "--cache=judge.db"]
+        )
+    assert stop.value.code == 1
+    evaluate.main(["report", "out", "--out=report.html"])
+    service = KEYS_OF_SERVICES[f"{provider.upper()}_API_KEY"]
+    assert {key.removeprefix("Bearer ") for key in quoting_server.keys} == {service, KEYS_OF_SERVICES["OPENAI_API_KEY"]}
+    files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    made = ["judge.db", "out/metrics.json", "out/transcripts.jsonl", "out/transcripts.judged.jsonl", "p.txt", "q.jsonl"]
+    assert files == sorted([".cache/nanosearcher/web.sqlite", *(f"a/b/{name}" for name in [*made, "report.html"])])
+    assert not Path("/tmp/nanosearcher-absolute").exists()
+    assert not any(b"sentinel-" in (tmp_path / file).read_bytes() for file in files)
+    out, err = capfd.readouterr()
+    assert "sentinel-" not in out + err and "***" in err

@@ -326,6 +326,15 @@ def test_failing_searches_stop_the_run_with_their_message(world, monkeypatch):
         train.train(world, Path("a"), False, None)
 
 
+def test_no_key_of_the_environment_is_in_a_run_folder(world, monkeypatch, capfd):
+    for name in ("OPENAI_API_KEY", "SERPER_API_KEY", "BRAVE_API_KEY", "HF_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, f"sentinel-{name}")
+    train.train(dataclasses.replace(world, steps=1), Path("a"), False, "tensorboard")
+    files = [path for path in Path("a").rglob("*") if path.is_file()]
+    assert len(files) > 8 and not any(b"sentinel-" in path.read_bytes() for path in files)
+    assert "sentinel-" not in "".join(capfd.readouterr())
+
+
 def test_tensorboard(world):
     train.train(dataclasses.replace(world, steps=1), Path("a"), False, "tensorboard")
     assert list(Path("a").glob("events.out.*"))

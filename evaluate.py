@@ -108,11 +108,18 @@ def measure_by_dataset(records: list[dict], summary: Callable[[list[dict]], dict
     return parts if len(parts) == 1 else parts | {"all": measure(records, summary)}
 
 
+def read_metrics(file: Path, part: str) -> dict:
+    """The protocol or the results in a `metrics.json`."""
+    text = file.read_bytes()
+    with retriever.whole(file):
+        return dict(json.loads(text)[part])
+
+
 def read_results(folders: list[Path]) -> dict[str, dict]:
     """The results of several evaluations, by folder and dataset; with ACC_L where `judge` has been there."""
     results = {}
     for folder in folders:
-        saved = json.loads((folder / "metrics.json").read_text())["results"]
+        saved = read_metrics(folder / "metrics.json", "results")
         judged = folder / "transcripts.judged.jsonl"
         for dataset, scores in measure_by_dataset(read_outputs(judged), score).items() if judged.exists() else ():
             if "acc_l" in scores:
@@ -280,8 +287,7 @@ def run(args: argparse.Namespace) -> None:
     metrics_file, transcripts = args.out / "metrics.json", args.out / "transcripts.jsonl"
     journal = args.out / "answered.jsonl.partial"
     if metrics_file.exists():
-        with retriever.whole(metrics_file):
-            before = dict(json.loads(metrics_file.read_text())["protocol"])
+        before = read_metrics(metrics_file, "protocol")
         refuse_another(metrics_file, before, protocol, may_differ=("commit",))  # of those that answered
         print(f"{args.out}: evaluated already")
     else:
@@ -431,7 +437,8 @@ def plot(args: argparse.Namespace) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), sharex=True, constrained_layout=True)
     offset = 0
     for folder in args.runs:
-        rows = read_jsonl(folder / "metrics.jsonl", lambda r: r | {"id": r["step"]}, "metrics")
+        read = lambda r: {name: r[name] for name in ("step", *panels)} | {"id": r["step"]}  # noqa: E731
+        rows = read_jsonl(folder / "metrics.jsonl", read, "metrics")
         for name, axis in zip(panels, axes.flat, strict=True):
             axis.plot([offset + r["step"] for r in rows], [r[name] for r in rows], label=folder.name)
             axis.set_title(name)

@@ -416,7 +416,7 @@ GIVE_UP = 300  # seconds after which a request is not sent again, however long t
 def fetch(session, method: str, url: str, turn: Callable[[], None] = lambda: None, **request) -> dict:
     """The JSON that a server answers, of whom much is forgiven: silence, half an answer, 429 and 5xx are tried again.
 
-    `turn` is called before each try. None begins later than GIVE_UP seconds after the first; each is bounded by TIMEOUT.
+    `turn` is called before each try. None begins later than GIVE_UP seconds after the first; each takes what TIMEOUT allows.
 
     Raises:
         RuntimeError: after the last try, in one line without the request's headers.
@@ -805,7 +805,8 @@ class Batcher:
                 await self._search_together([(queries, future) for queries, asked, future in batch if asked == k], k)
 
     async def _search_together(self, requests: list[tuple[list[str], asyncio.Future]], k: int) -> None:
-        search = asyncio.to_thread(self.retriever.search, [query for queries, _ in requests for query in queries], k)
+        asked = [query for queries, _ in requests for query in queries]
+        search = asyncio.to_thread(lambda: [each for _, each in zip(asked, self.retriever.search(asked, k), strict=True)])
         (results,) = await asyncio.gather(search, return_exceptions=True)
         if isinstance(results, BaseException) and len(requests) > 1:
             for request in requests:  # one is to blame, the others shall have their answers

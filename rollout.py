@@ -234,7 +234,9 @@ class Rollout:
         try:
             results = self.search(queries, self.limits.documents_per_search)
             return [(self._encode_documents(passages), False) for _, passages in zip(queries, results, strict=True)]
-        except BaseException as error:  # the retriever has done its own retries; the run goes on and counts it
+        except (
+            BaseException
+        ) as error:  # (of tantivy's panics too) the retriever has tried again; the run counts it and goes on
             self.search_error = error
             return [(self._encode_documents([]), True) for _ in queries]
 

@@ -416,6 +416,26 @@ OTHER_FILES = {
 }
 
 
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("metrics.json", b'{"results": {'),
+        ("metrics.json", b'{"loss": 1.0}'),
+        ("metrics.json", b"\xff\xff"),
+        ("metrics.jsonl", b'{"step": 1}\n'),
+        ("metrics.jsonl", b'{"step": 1, "rew'),
+    ],
+)
+def test_what_cannot_be_plotted_is_refused_by_name(tmp_path, name, data):
+    panels = ("reward", "search_rate", "format_rate", "f1", "response_len", "sampler_gap")
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, **dict.fromkeys(panels, 0.5)}))
+    (tmp_path / name).write_bytes(data)
+    words = ["plot", f"--runs={tmp_path}", f"--evaluations={tmp_path}", f"--out={tmp_path / 'c.png'}"]
+    args = evaluate.parse_arguments(words)
+    with contextlib.redirect_stdout(io.StringIO()):
+        read_or_refuse(lambda: args.handler(args) or pytest.fail("it was not refused"), tmp_path / name)
+
+
 @pytest.mark.parametrize("case", OTHER_FILES)
 def test_what_else_a_command_reads_is_refused_by_name(tmp_path, model_folder, case):
     (tmp_path / "out").mkdir()

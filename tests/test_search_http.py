@@ -171,6 +171,22 @@ def test_of_concurrent_requests_only_the_one_that_fails_fails():
     assert [p["id"] for p in fourth[0]] == ["c", "b"]  # each its own k
 
 
+@pytest.mark.parametrize("answer", [None, [], [[PASSAGES[0]]] * 3])
+def test_a_backend_that_answers_for_another_number_of_queries_fails_the_request_and_no_later_one(answer):
+    """Of too few or too many results those of one client would reach another; and the server must go on."""
+    from starlette.testclient import TestClient
+
+    class Moody(TantivyBM25):
+        def search(self, queries, k):
+            return answer if "fail" in queries else super().search(queries, k)
+
+    batcher = retriever.Batcher()
+    batcher.retriever = Moody.build(PASSAGES)
+    with TestClient(retriever.make_app(batcher)) as client:
+        assert client.post("/search", json={"queries": ["fail", "harbor"]}).status_code == 500
+        assert client.post("/search", json={"queries": ["harbor"]}).json()["results"][0][0]["id"] == "a"
+
+
 def test_a_server_stops_at_a_signal_as_soon_as_it_is_ready_and_with_a_stalled_client(tmp_path):
     for _ in range(3):
         assert Server(write(tmp_path / "corpus.jsonl", PASSAGES)).stop()[0] == 0

@@ -636,6 +636,7 @@ def build_dense(corpus: str, out: Path, encoder: str, factory: str, parameters: 
         Dense(passages, Path(prebuilt or index), encoder, parameters)  # refuses what does not belong together
         if prebuilt and not index.exists():
             index.symlink_to(prebuilt)
+        write_text(out / "index.json", json.dumps(header | settings | {"bytes": os.path.getsize(index)}, indent=1))
 
 
 def join_ranks() -> tuple[int, int, Callable[[], None]]:
@@ -690,6 +691,8 @@ def open_index(folder: Path, corpus: str | None) -> Retriever:
         needed = {"bm25": [], "dense": ["corpus", "encoder", "parameters"]}[kind]  # tantivy holds its passages
         if version != VERSION or not all(isinstance(header[name], str) for name in needed):
             raise ValueError(f"version {version}")
+        if kind == "dense" and header.get("bytes") not in (None, os.path.getsize(folder / "faiss.index")):
+            raise ValueError("faiss.index is not whole")  # of half a file faiss dies, by a signal
         corpus = corpus or (header["corpus"] if kind == "dense" else None)
     if corpus and not Path(corpus).is_file():
         raise FileNotFoundError(f"{folder}: its corpus {corpus} is not there; say where it is with --corpus")

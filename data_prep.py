@@ -40,6 +40,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from retriever import (
+    MALFORMED,
     Passage,
     clean,
     open_retriever,
@@ -259,7 +260,7 @@ def kilt_passages(line: bytes, number: int) -> list[Passage]:
 
 def wiki18_passages(line: bytes, number: int) -> list[Passage]:
     """Search-R1's corpus, or any in our own format."""
-    return [parse_passage(json.loads(line))]
+    return [json.loads(line)]
 
 
 def dpr_passages(line: bytes, number: int) -> list[Passage]:
@@ -285,10 +286,10 @@ def convert(format: str, path: Path, number: int, lines: list[bytes]) -> tuple[b
     passages = []
     for n, line in enumerate(lines, number):
         try:
-            passages += FORMATS[format](line, n) if line.strip() else []
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, csv.Error) as error:
-            raise ValueError(f"{path}:{n}: not a line of the format {format}, {error!r}") from None
-    return "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in passages).encode(errors="replace"), len(passages)
+            passages += map(parse_passage, FORMATS[format](line, n) if line.strip() else [])
+        except (*MALFORMED, csv.Error) as error:
+            raise ValueError(f"{path}:{n}: not a line of the format {format}, {error!r:.200}") from None
+    return "".join(json.dumps(p, ensure_ascii=False) + "\n" for p in passages).encode(), len(passages)
 
 
 def source_files(source: Path) -> list[Path]:
@@ -421,7 +422,7 @@ def published_questions(path: Path, format: str) -> tuple[list[dict], int]:
                 left_out += 1
                 continue
             key = ID_FIELDS[format]
-            name = str(record[key if key in record else "id"]) if key else f"{format}-{len(questions) + 1}"
+            name = clean(str(record[key if key in record else "id"])) if key else f"{format}-{len(questions) + 1}"
             text = clean(record["question"].strip())
             answers = [clean(str(a).strip()) for a in (record["answer"], *record.get("answer_aliases", []))]
             if not text or not answers[0] or record["answer"] is None:
@@ -430,8 +431,8 @@ def published_questions(path: Path, format: str) -> tuple[list[dict], int]:
                 raise ValueError(f"id {name!r} occurs twice")
             answers = [a for a in dict.fromkeys(answers) if a]
             questions[name] = {"id": name, "question": text, "answers": answers, "dataset": format}
-    except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
-        raise ValueError(f"{path}, {where}: not of the format {format}, {error!r}") from None
+    except (*MALFORMED, csv.Error) as error:
+        raise ValueError(f"{path}, {where}: not of the format {format}, {error!r:.200}") from None
     if not questions:
         raise ValueError(f"{path}: it holds no question of the format {format}")
     return list(questions.values()), left_out

@@ -24,7 +24,7 @@ from itertools import count
 from pathlib import Path
 
 import retriever
-from retriever import clean, fingerprint, read_jsonl, read_questions, texts, user_errors, write_jsonl, write_text
+from retriever import MALFORMED, clean, fingerprint, read_jsonl, read_questions, texts, user_errors, write_jsonl, write_text
 from reward import FORMAT_RULES, JUDGE_PROMPT, METRICS, PROMPTS, TAGS, best, contiguous_match, judge, load_prompt, verdict
 from rollout import Episode, Limits, Rollout, derive_seed, make_engine, prompt_encoder
 
@@ -108,11 +108,18 @@ def measure_by_dataset(records: list[dict], summary: Callable[[list[dict]], dict
     return parts if len(parts) == 1 else parts | {"all": measure(records, summary)}
 
 
+def read_metrics(file: Path, part: str) -> dict:
+    """The protocol or the results in a `metrics.json`."""
+    text = file.read_bytes()
+    with retriever.whole(file):
+        return dict(json.loads(text)[part])
+
+
 def read_results(folders: list[Path]) -> dict[str, dict]:
     """The results of several evaluations, by folder and dataset; with ACC_L where `judge` has been there."""
     results = {}
     for folder in folders:
-        saved = json.loads((folder / "metrics.json").read_text())["results"]
+        saved = read_metrics(folder / "metrics.json", "results")
         judged = folder / "transcripts.judged.jsonl"
         for dataset, scores in measure_by_dataset(read_outputs(judged), score).items() if judged.exists() else ():
             if "acc_l" in scores:
@@ -227,9 +234,9 @@ def resume(journal: Path, protocol: dict, questions: list[dict], group: int) -> 
     """
     lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []
     with retriever.whole(journal):
-        before, *records = map(json.loads, lines or [json.dumps(protocol)])
+        before, *records = map(dict, map(json.loads, lines or [json.dumps(protocol)]))
+        finished = {identity(r): r for r in records}
     refuse_another(journal, before, protocol)
-    finished = {identity(r): r for r in records}
     groups = [[identity(q) for q in questions[i : i + group]] for i in range(0, len(questions), group)]
     kept = [finished[name] for names in groups if finished.keys() >= set(names) for name in names]
     write_jsonl(journal, [protocol, *kept])
@@ -280,7 +287,7 @@ def run(args: argparse.Namespace) -> None:
     metrics_file, transcripts = args.out / "metrics.json", args.out / "transcripts.jsonl"
     journal = args.out / "answered.jsonl.partial"
     if metrics_file.exists():
-        before = json.loads(metrics_file.read_text())["protocol"]
+        before = read_metrics(metrics_file, "protocol")
         refuse_another(metrics_file, before, protocol, may_differ=("commit",))  # of those that answered
         print(f"{args.out}: evaluated already")
     else:
@@ -310,12 +317,13 @@ def read_outputs(path: Path) -> list[dict]:
         line = json.loads(clean(json.dumps(line, ensure_ascii=False)))
         gold, prediction = ("answer", "pred_ans") if "pred_ans" in line else ("answers", "answer")
         answers = [a for a in texts(line[gold]) if a]
-        if not answers:
-            raise ValueError("a question without an answer")
+        dataset = line.get("dataset") or path.stem
+        if not (answers and isinstance(dataset, str)):
+            raise ValueError("a question without an answer, or with a dataset that is no string")
         return {
             "id": next(numbers),  # released files have none, and may ask a question twice
             "record": line,
-            "dataset": line.get("dataset") or path.stem,
+            "dataset": dataset,
             "question": line["question"],
             "answers": answers,
             "prediction": " ".join(texts(line[prediction])),
@@ -362,8 +370,9 @@ def ask_judge(args: argparse.Namespace, prompts: list[str]) -> dict[str, str | N
     url, key = args.base_url.rstrip("/") + "/chat/completions", os.environ.get("OPENAI_API_KEY")
     headers, lock, failures = {"Authorization": f"Bearer {key}"} if key else {}, threading.Lock(), []
     args.cache.parent.mkdir(parents=True, exist_ok=True)
-    cache = sqlite3.connect(args.cache, timeout=60, check_same_thread=False, isolation_level=None)
-    cache.execute("CREATE TABLE IF NOT EXISTS replies (url, model, prompt, reply, PRIMARY KEY (url, model, prompt))")
+    with retriever.whole(args.cache):
+        cache = sqlite3.connect(args.cache, timeout=60, check_same_thread=False, isolation_level=None)
+        cache.execute("CREATE TABLE IF NOT EXISTS replies (url, model, prompt, reply, PRIMARY KEY (url, model, prompt))")
 
     def ask(prompt: str) -> str | None:
         asked = (url, args.model, prompt)
@@ -378,7 +387,7 @@ def ask_judge(args: argparse.Namespace, prompts: list[str]) -> dict[str, str | N
                     (choice,) = answered["choices"]
                     row = (clean(str(choice["message"]["content"] or "")),)
             except RuntimeError as error:
-                failures.append(str(error).replace(key, "***") if key else str(error))  # a server may quote what it refuses
+                failures.append(str(error))
                 return None
             with lock:
                 cache.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?)", asked + row)
@@ -430,7 +439,8 @@ def plot(args: argparse.Namespace) -> None:
     figure, axes = plt.subplots(2, 3, figsize=(12, 6), sharex=True, constrained_layout=True)
     offset = 0
     for folder in args.runs:
-        rows = read_jsonl(folder / "metrics.jsonl", lambda r: r | {"id": r["step"]}, "metrics")
+        read = lambda r: {name: r[name] for name in ("step", *panels)} | {"id": r["step"]}  # noqa: E731
+        rows = read_jsonl(folder / "metrics.jsonl", read, "metrics")
         for name, axis in zip(panels, axes.flat, strict=True):
             axis.plot([offset + r["step"] for r in rows], [r[name] for r in rows], label=folder.name)
             axis.set_title(name)
@@ -461,8 +471,8 @@ def read_for_page(text: bytes, source: str) -> dict:
 
     try:
         return json.loads(text, parse_constant=lambda name: None, object_hook=without_keys)
-    except ValueError as error:
-        raise ValueError(f"{source}: expected JSON, got {error!r}") from None
+    except MALFORMED as error:
+        raise ValueError(f"{source}: expected JSON, got {error!r:.200}") from None
 
 
 def read_log(path: Path, limit: int | None = None) -> tuple[list[dict], int]:

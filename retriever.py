@@ -52,6 +52,8 @@ class Retriever(Protocol):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files: one JSON object a line
 
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what comes of JSON that is not as expected
+
 
 def scan_jsonl(path: str | Path, parse: Callable[[dict], dict], expected: str) -> Iterator[tuple[int, dict]]:
     """Stream a JSONL file of any size: where each line begins, in bytes, and its record, through `parse`.
@@ -67,9 +69,9 @@ def scan_jsonl(path: str | Path, parse: Callable[[dict], dict], expected: str) -
             if line.strip():
                 try:
                     record = parse(json.loads(line))
-                except (ValueError, KeyError, TypeError, AttributeError) as error:
-                    raise ValueError(f"{path}:{number}: expected {expected}, got {error!r}") from None
-                ids.append(hash(record["id"]))
+                    ids.append(hash(record["id"]))
+                except MALFORMED as error:  # cut: it may quote all of a binary file
+                    raise ValueError(f"{path}:{number}: expected {expected}, got {error!r:.200}") from None
                 yield begin, record
             begin += len(line)
     if not ids:
@@ -82,7 +84,7 @@ def scan_jsonl(path: str | Path, parse: Callable[[dict], dict], expected: str) -
             for number, line in enumerate(lines, 1):
                 if line.strip() and hash(name := parse(json.loads(line))["id"]) in twice:
                     if name in seen:
-                        raise ValueError(f"{path}:{number}: id {name!r} occurs twice")
+                        raise ValueError(f"{path}:{number}: id {name!r:.200} occurs twice")
                     seen.add(name)
 
 
@@ -121,8 +123,10 @@ def whole(path: str | Path) -> Iterator[None]:
     """What a library cannot read is named."""
     try:
         yield
-    except Exception as error:
-        raise ValueError(f"{path}: damaged or of another version ({str(error).splitlines()[0]}); build it again") from None
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic of tantivy's is no Exception
+        raise ValueError(f"{path}: damaged or of another version ({error!r:.200}); build it again") from None
 
 
 def clean(text: str) -> str:
@@ -166,15 +170,14 @@ def read_questions(path: str | Path) -> list[dict]:
     """
 
     def parse(record: dict) -> dict:
-        answers = texts(record["answers"] if "answers" in record else record["answer"])
-        if not record["question"].strip() or not any(answers):
+        name, dataset = record["id"] if "id" in record else record["idx"], record.get("dataset") or Path(path).stem
+        question, answers = record["question"].strip(), texts(record["answers"] if "answers" in record else record["answer"])
+        if not question or not any(answers):
             raise ValueError("a question without text or answer")
-        return {
-            "id": str(record["id"] if "id" in record else record["idx"]),
-            "question": record["question"].strip(),
-            "answers": [a for a in answers if a],
-            "dataset": record.get("dataset") or Path(path).stem,
-        }
+        if not (isinstance(name, str | int) and isinstance(dataset, str)):
+            raise ValueError("id must be a string or a number, dataset a string")
+        answers = [clean(a) for a in answers if a]
+        return {"id": clean(str(name)), "question": clean(question), "answers": answers, "dataset": clean(dataset)}
 
     return read_jsonl(path, parse, '{"id", "question", "answers"}')
 
@@ -324,6 +327,8 @@ class PassageFile:
 
     def __init__(self, path: str | Path, rows: Path):
         self.file, self.rows = open(path, "rb"), np.load(rows, mmap_mode="r")  # noqa: SIM115
+        if self.rows.ndim != 1 or self.rows[-1] != os.path.getsize(path):
+            raise ValueError(f"{rows}: not the rows of {path}")
 
     def __len__(self) -> int:
         return len(self.rows) - 1
@@ -404,35 +409,45 @@ def read_hit(hit: dict) -> Passage:
 
 
 WAITS = (0, 1, 2, 4, 8, 16)  # seconds before a request is sent again
+TIMEOUT = (5, 60)  # seconds to connect, and without a byte of the answer
+GIVE_UP = 300  # seconds after which a request is not sent again, however long the server asks to wait
 
 
 def fetch(session, method: str, url: str, turn: Callable[[], None] = lambda: None, **request) -> dict:
     """The JSON that a server answers, of whom much is forgiven: silence, half an answer, 429 and 5xx are tried again.
 
-    `turn` is called before each try.
+    `turn` is called before each try. None begins later than GIVE_UP seconds after the first; each takes what TIMEOUT allows.
 
     Raises:
         RuntimeError: after the last try, in one line without the request's headers.
     """
     import requests
 
+    def said(response) -> str:
+        text = response.text
+        for value in request.get("headers", {}).values():  # a server may quote the key that it refuses
+            text = text.replace(value.removeprefix("Bearer "), "***")
+        return repr(text[:200])
+
+    begin = time.monotonic()
     for wait in (*WAITS, None):
         turn()
         try:
-            response = session.request(method, url, timeout=(5, 60), **request)
+            response = session.request(method, url, timeout=TIMEOUT, **request)
             if response.status_code == 200:
                 return response.json()
-            failure = f"status {response.status_code}: {response.text[:200]!r}"
+            failure = f"status {response.status_code}: {said(response)}"
             if response.status_code not in (429, 500, 502, 503, 504):
                 break
             after = response.headers.get("Retry-After", "")
             wait = max(wait, min(int(after), 60)) if wait is not None and after.isdigit() else wait
-        except requests.exceptions.JSONDecodeError:
-            failure = f"not JSON: {response.text[:200]!r}"
+        except (requests.exceptions.JSONDecodeError, RecursionError):
+            failure = f"not JSON: {said(response)}"
         except requests.exceptions.RequestException as error:
             failure = f"no answer ({type(error).__name__})"
-        if wait is not None:
-            time.sleep(wait)
+        if wait is None or time.monotonic() + wait > begin + GIVE_UP:
+            break
+        time.sleep(wait)
     raise RuntimeError(f"{url}: {failure}")
 
 
@@ -440,8 +455,8 @@ def fetch(session, method: str, url: str, turn: Callable[[], None] = lambda: Non
 def shape_of(url: str) -> Iterator[None]:
     try:
         yield
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RuntimeError(f"{url}: an answer of another shape than expected ({error!r})") from None
+    except MALFORMED as error:
+        raise RuntimeError(f"{url}: an answer of another shape than expected ({error!r:.200})") from None
 
 
 class Provider(NamedTuple):
@@ -557,7 +572,7 @@ def enter_folder(out: Path, corpus: str, settings: dict) -> dict:
     there, made = {}, [path for name in ("tantivy", "faiss.index", "vectors-*.npy") for path in out.glob(name)]
     if file.is_file():
         with whole(out):
-            there = json.loads(file.read_text())
+            there = dict(json.loads(file.read_text()))
     elif out.exists() and any(path.suffix != ".partial" for path in out.iterdir()):
         raise ValueError(f"{out}: it is not empty and holds no index; choose another --out")
     if other := [name for name in header if there.get(name) != header[name]]:
@@ -605,7 +620,8 @@ def build_dense(corpus: str, out: Path, encoder: str, factory: str, parameters: 
             begins = array("q", (begin for begin, _ in scan_passages(corpus)))
             save_array(out / "rows.npy", np.append(np.frombuffer(begins, np.int64), os.path.getsize(corpus)))
     barrier()
-    passages = PassageFile(corpus, out / "rows.npy")
+    with whole(out):
+        passages = PassageFile(corpus, out / "rows.npy")
     if not prebuilt:
         shards = [out / f"vectors-{n:05d}.npy" for n in range(-(-len(passages) // SHARD))]
         embed(passages, shards[rank::world], encoder)
@@ -620,6 +636,7 @@ def build_dense(corpus: str, out: Path, encoder: str, factory: str, parameters: 
         Dense(passages, Path(prebuilt or index), encoder, parameters)  # refuses what does not belong together
         if prebuilt and not index.exists():
             index.symlink_to(prebuilt)
+        write_text(out / "index.json", json.dumps(header | settings | {"bytes": os.path.getsize(index)}, indent=1))
 
 
 def join_ranks() -> tuple[int, int, Callable[[], None]]:
@@ -670,10 +687,13 @@ def write_faiss(path: Path, shards: list[Path], factory: str) -> None:
 def open_index(folder: Path, corpus: str | None) -> Retriever:
     with whole(folder):
         header = json.loads((folder / "index.json").read_text())
-        kind, indexed = header["kind"], header["fingerprint"]
-        if header["version"] != VERSION:
-            raise ValueError(f"version {header['version']}")
-        corpus = corpus or (header["corpus"] if kind == "dense" else None)  # tantivy holds its passages
+        kind, indexed, version = header["kind"], header["fingerprint"], header["version"]
+        needed = {"bm25": [], "dense": ["corpus", "encoder", "parameters"]}[kind]  # tantivy holds its passages
+        if version != VERSION or not all(isinstance(header[name], str) for name in needed):
+            raise ValueError(f"version {version}")
+        if kind == "dense" and header.get("bytes") not in (None, os.path.getsize(folder / "faiss.index")):
+            raise ValueError("faiss.index is not whole")  # of half a file faiss dies, by a signal
+        corpus = corpus or (header["corpus"] if kind == "dense" else None)
     if corpus and not Path(corpus).is_file():
         raise FileNotFoundError(f"{folder}: its corpus {corpus} is not there; say where it is with --corpus")
     untouched = corpus and header | stamp(corpus) == header
@@ -683,7 +703,7 @@ def open_index(folder: Path, corpus: str | None) -> Retriever:
         return TantivyBM25.open(folder / "tantivy")
     with whole(folder):
         passages = PassageFile(corpus, folder / "rows.npy")
-    return Dense(passages, folder / "faiss.index", header["encoder"], header.get("parameters", ""))
+    return Dense(passages, folder / "faiss.index", header["encoder"], header["parameters"])
 
 
 def open_retriever(source: str, backend: str = "auto", corpus: str | None = None) -> Retriever:
@@ -788,7 +808,8 @@ class Batcher:
                 await self._search_together([(queries, future) for queries, asked, future in batch if asked == k], k)
 
     async def _search_together(self, requests: list[tuple[list[str], asyncio.Future]], k: int) -> None:
-        search = asyncio.to_thread(self.retriever.search, [query for queries, _ in requests for query in queries], k)
+        asked = [query for queries, _ in requests for query in queries]
+        search = asyncio.to_thread(lambda: [each for _, each in zip(asked, self.retriever.search(asked, k), strict=True)])
         (results,) = await asyncio.gather(search, return_exceptions=True)
         if isinstance(results, BaseException) and len(requests) > 1:
             for request in requests:  # one is to blame, the others shall have their answers

@@ -80,8 +80,15 @@ PROMPTS: dict[str, list[tuple[str, str]]] = {
 
 
 def load_prompt(name: str) -> list[tuple[str, str]]:
-    """The prompt of that name, or the text file of that path with `{question}` in it."""
-    return PROMPTS[name] if name in PROMPTS else [("text", Path(name).read_text(encoding="utf-8"))]
+    """The prompt of that name, or the text file of that path with `{question}` in it.
+
+    Raises:
+        ValueError, OSError: the file is not UTF-8, or it cannot be read.
+    """
+    try:
+        return PROMPTS[name] if name in PROMPTS else [("text", Path(name).read_text(encoding="utf-8"))]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: not UTF-8 ({error})") from None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

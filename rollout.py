@@ -146,8 +146,12 @@ class Rollout:
     def __init__(self, engine: Engine, tokenizer, search, tags, limits: Limits, deterministic: bool = False):
         self.engine, self.tokenizer, self.search, self.tags = engine, tokenizer, search, tags
         self.limits, self.deterministic = limits, deterministic
-        self.search_error: Exception | None = None  # the last one, for the message that stops a run
+        self.search_error: BaseException | None = None  # the last one, for the message that stops a run
         self._encode = data_encoder(tokenizer)
+        # A documents block's tokens lie within so many characters, as none is longer than the vocabulary's longest. A cut
+        # there changes the word that it hits, which in text lies far behind them: words have a few characters, the longest
+        # token over a hundred. The rest of a passage of megabytes would be tokenised for seconds to be thrown away.
+        self._characters = limits.max_document_tokens * max(map(len, tokenizer.get_vocab()))
         self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="search")
 
     def run(self, episodes: Iterable[Episode | None], max_running: int = 256) -> Iterator[Episode]:
@@ -234,8 +238,10 @@ class Rollout:
         """Search and tokenise, off the engine's path: per query (documents block as ids, whether the search failed)."""
         try:
             results = self.search(queries, self.limits.documents_per_search)
-            return [(self._encode_documents(passages), False) for passages in results]
-        except Exception as error:  # the retriever has done its own retries; the run goes on and counts it
+            return [(self._encode_documents(passages), False) for _, passages in zip(queries, results, strict=True)]
+        except (
+            BaseException
+        ) as error:  # (of tantivy's panics too) the retriever has tried again; the run counts it and goes on
             self.search_error = error
             return [(self._encode_documents([]), True) for _ in queries]
 
@@ -247,8 +253,8 @@ class Rollout:
         """
         opening, closing = self.tags.documents
         lines = [f"({number}){p['title']}   {p['text']}" for number, p in enumerate(passages, 1)] or ["(no results)"]
-        tail = self._encode("\n" + closing)
-        return self._encode(f"\n\n{opening}\n" + "\n".join(lines))[: self.limits.max_document_tokens - len(tail)] + tail
+        text, tail = f"\n\n{opening}\n" + "\n".join(lines), self._encode("\n" + closing)
+        return self._encode(text[: self._characters])[: max(0, self.limits.max_document_tokens - len(tail))] + tail
 
 
 # ---------------------------------------------------------------------------------------------------------------------

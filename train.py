@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from evaluate import answer, grade, record, summarize
 from reinforce_pp import ALGORITHMS, Batch, Policy
-from retriever import open_retriever, read_questions, user_errors, write_jsonl
+from retriever import open_retriever, read_questions, user_errors, whole, write_jsonl, write_text
 from reward import PROMPTS, REWARDS, TAGS, load_prompt
 from rollout import Episode, Limits, Rollout, derive_seed, make_engine, prompt_encoder
 
@@ -407,14 +407,15 @@ class RunFolder:
         if file.exists() and any((path / name).exists() for name in ("metrics.jsonl", "checkpoints")):
             if not resume:
                 raise ValueError(f"{path}: holds a run already; --resume goes on with it, --out names another folder")
-            before = json.loads(file.read_text())
+            with whole(file):
+                before = dict(json.loads(file.read_text()))
             for name in resolved:
                 if name not in MAY_CHANGE and resolved[name] != before.get(name):
                     raise ValueError(f"{file}: this run has --{name} {before.get(name)}, not {resolved[name]}")
         dist.barrier()  # all ranks have looked before one writes
         if self.writes:
             path.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(resolved, indent=1))
+            write_text(file, json.dumps(resolved, indent=1))  # --resume needs it whole
         if self.writes and log == "wandb":
             import wandb
 
@@ -428,8 +429,8 @@ class RunFolder:
         """Drop what a lost stretch of the run has logged after its last checkpoint, so that no step stands twice."""
         for file in (self.path / "metrics.jsonl", self.path / "trajectories.jsonl"):
             if self.writes and file.exists():
-                whole = file.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last new line is torn
-                records = map(json.loads, whole)
+                lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last new line is torn
+                records = map(json.loads, lines)
                 write_jsonl(file, [record for record in records if record["step"] <= step])
 
     def append(self, name: str, records: list[dict]) -> None:

@@ -58,11 +58,14 @@ def model_folder(tmp_path_factory) -> str:
             parts = [parts[0], TELL]
         lessons.append(torch.tensor([[t for part in parts for t in tokenizer.encode(part, add_special_tokens=False)]]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more than one wait for each other over so small a model: 80 s instead of 6 on a busy core
     for step in range(100):
         ids = lessons[step % 10]
         model(ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    torch.set_num_threads(threads)
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -188,10 +188,12 @@ def test_an_empty_or_wrong_factory_or_index_is_one_line(encoder_folder, corpus, 
             build_dense(corpus, tmp_path / "index", encoder_folder, factory, parameters, None)
         assert "\n" not in str(error.value)
     build_dense(corpus, tmp_path / "index", encoder_folder, "Flat", "", None)
-    (tmp_path / "index" / "faiss.index").write_bytes(b"")
-    with pytest.raises(ValueError, match="build it again") as error:
-        open_retriever(str(tmp_path / "index"))
-    assert "\n" not in str(error.value)
+    whole = (tmp_path / "index" / "faiss.index").read_bytes()
+    for half in (b"", whole[:40], whole[: len(whole) // 2], whole[:-1]):  # some of which would end the process by a signal
+        (tmp_path / "index" / "faiss.index").write_bytes(half)
+        with pytest.raises(ValueError, match=r"faiss\.index is not whole.*build it again") as error:
+            open_retriever(str(tmp_path / "index"))
+        assert "\n" not in str(error.value)
 
 
 def test_the_command_line(encoder_folder, tmp_path):

@@ -267,6 +267,16 @@ def test_a_run_folder_is_never_overwritten(world):
     assert Path("a/metrics.jsonl").read_bytes().startswith(before)
 
 
+def test_a_damaged_configuration_is_named_and_the_run_left_alone(world):
+    """A kill while it was written, for which the run's checkpoints would be lost to --resume, must not damage it."""
+    folder = Path("a/checkpoints")
+    folder.mkdir(parents=True)
+    Path("a/config.json").write_text('{"model":')
+    with pytest.raises(ValueError, match=r"^a/config\.json: damaged"):
+        train.train(world, Path("a"), True, None)
+    assert Path("a/config.json").read_text() == '{"model":'
+
+
 def test_a_start_that_failed_does_not_occupy_the_folder(world):
     with pytest.raises(FileNotFoundError):
         train.train(dataclasses.replace(world, questions="nowhere.jsonl"), Path("a"), False, None)
@@ -314,6 +324,15 @@ def test_failing_searches_stop_the_run_with_their_message(world, monkeypatch):
     monkeypatch.setattr(train, "open_retriever", lambda source: Down())
     with pytest.raises(RuntimeError, match="connection refused"):
         train.train(world, Path("a"), False, None)
+
+
+def test_no_key_of_the_environment_is_in_a_run_folder(world, monkeypatch, capfd):
+    for name in ("OPENAI_API_KEY", "SERPER_API_KEY", "BRAVE_API_KEY", "HF_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.setenv(name, f"sentinel-{name}")
+    train.train(dataclasses.replace(world, steps=1), Path("a"), False, "tensorboard")
+    files = [path for path in Path("a").rglob("*") if path.is_file()]
+    assert len(files) > 8 and not any(b"sentinel-" in path.read_bytes() for path in files)
+    assert "sentinel-" not in "".join(capfd.readouterr())
 
 
 def test_tensorboard(world):

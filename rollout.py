@@ -239,9 +239,7 @@ class Rollout:
         try:
             results = self.search(queries, self.limits.documents_per_search)
             return [(self._encode_documents(passages), False) for _, passages in zip(queries, results, strict=True)]
-        except (
-            BaseException
-        ) as error:  # (of tantivy's panics too) the retriever has tried again; the run counts it and goes on
+        except BaseException as error:  # tantivy's panics are no Exception. The run counts what failed and goes on
             self.search_error = error
             return [(self._encode_documents([]), True) for _ in queries]
 

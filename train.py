@@ -273,23 +273,38 @@ def training_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str
 
 
 def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, progress: dict) -> None:
-    """Write beside, then rename, so that a checkpoint that has its name is whole; the last KEEP_CHECKPOINTS stay."""
+    """Write beside, sync, rename, so that a checkpoint that has its name is whole; the last KEEP_CHECKPOINTS stay.
+
+    Raises:
+        OSError: a rank could not write its shard, as on a full disk; what it wrote goes, the checkpoints before it stay.
+    """
     import torch.distributed.checkpoint as dcp
 
-    final = folder / f"step_{progress['step']:06d}"
+    final, writes = folder / f"step_{progress['step']:06d}", dist.get_rank() == 0
     partial = final.with_suffix(".partial")
-    if dist.get_rank() == 0:
+    if writes:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     dist.barrier()
     state = training_state(policy, optimizer)
-    dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True))
+    try:
+        dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True))
+    except dcp.CheckpointException as error:  # on all ranks, whichever failed
+        if writes:
+            shutil.rmtree(partial, ignore_errors=True)
+        cause = next(iter(error.failures.values()))[0]
+        raise OSError(
+            f"{final}: cannot be written ({cause}); those before it are whole: --resume goes on from them"
+        ) from None
     dist.barrier()
-    if dist.get_rank() == 0:
+    if writes:
         digests = {file.name: digest(file) for file in sorted(partial.glob("*.safetensors"))}
-        (partial / "progress.json").write_text(json.dumps(progress | {"digests": digests}))
+        write_text(partial / "progress.json", json.dumps(progress | {"digests": digests}))
+        for path in (*partial.iterdir(), partial):
+            sync(path)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
+        sync(folder)
         for old in sorted(folder.glob("step_??????"))[:-KEEP_CHECKPOINTS]:
             shutil.rmtree(old)
     dist.barrier()
@@ -298,6 +313,13 @@ def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
 def digest(file: Path) -> str:
     with open(file, "rb") as stream:
         return hashlib.file_digest(stream, "blake2b").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Put a file, or a folder's names, on the disk: a rename may else survive a power cut that what it names does not."""
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, dict]:
@@ -395,43 +417,44 @@ def optimize(batch: Batch, policy: nn.Module, reference: nn.Module | None, optim
 
 
 class RunFolder:
-    """config.json, metrics.jsonl, trajectories.jsonl, checkpoints/ and, at the end, model/. Rank 0 writes.
+    """config.json, metrics.jsonl, trajectories.jsonl, checkpoints/ and, at the end, model/. Rank 0 writes, from `begin` on.
 
     Raises:
         ValueError: the folder holds a run already and `resume` is off, or a run with another configuration.
     """
 
     def __init__(self, path: Path, config: Config, resume: bool, log: str | None):
-        self.path, self.writes, self.board = path, dist.get_rank() == 0, None
-        resolved, file = dataclasses.asdict(config), path / "config.json"
+        self.path, self.writes, self.logger, self.board = path, dist.get_rank() == 0, log, None
+        self.config, file = dataclasses.asdict(config), path / "config.json"
         if file.exists() and any((path / name).exists() for name in ("metrics.jsonl", "checkpoints")):
             if not resume:
                 raise ValueError(f"{path}: holds a run already; --resume goes on with it, --out names another folder")
             with whole(file):
                 before = dict(json.loads(file.read_text()))
-            for name in resolved:
-                if name not in MAY_CHANGE and resolved[name] != before.get(name):
-                    raise ValueError(f"{file}: this run has --{name} {before.get(name)}, not {resolved[name]}")
+            for name, value in self.config.items():
+                if name not in MAY_CHANGE and value != before.get(name):
+                    raise ValueError(f"{file}: this run has --{name} {before.get(name)}, not {value}")
         dist.barrier()  # all ranks have looked before one writes
-        if self.writes:
-            path.mkdir(parents=True, exist_ok=True)
-            write_text(file, json.dumps(resolved, indent=1))  # --resume needs it whole
-        if self.writes and log == "wandb":
-            import wandb
 
-            wandb.init(project="nanosearcher", name=path.name, config=resolved, dir=path, sync_tensorboard=True)
-        if self.writes and log:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(path)
-
-    def forget_after(self, step: int) -> None:
-        """Drop what a lost stretch of the run has logged after its last checkpoint, so that no step stands twice."""
+    def begin(self, step: int) -> None:
+        """Write the configuration; drop what a lost stretch has logged after `step`, so that no step stands twice."""
+        if not self.writes:
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / "config.json", json.dumps(self.config, indent=1))  # --resume needs it whole
         for file in (self.path / "metrics.jsonl", self.path / "trajectories.jsonl"):
-            if self.writes and file.exists():
+            if file.exists():
                 lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last new line is torn
                 records = map(json.loads, lines)
                 write_jsonl(file, [record for record in records if record["step"] <= step])
+        if self.logger == "wandb":
+            import wandb
+
+            wandb.init(project="nanosearcher", name=self.path.name, config=self.config, dir=self.path, sync_tensorboard=True)
+        if self.logger:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.path)
 
     def append(self, name: str, records: list[dict]) -> None:
         if self.writes:
@@ -528,7 +551,7 @@ def train(config: Config, out: Path, resume: bool, log: str | None) -> None:
     trainer = Trainer(config, device)
     if path is not None:
         load_checkpoint(path, trainer.policy, trainer.optimizer, progress)
-    run.forget_after(progress["step"])
+    run.begin(progress["step"])
     bad_in_a_row = 0
     start = progress["step"]
     for step in tqdm(range(start, config.steps), "steps", config.steps, initial=start, disable=not run.writes):
@@ -561,13 +584,18 @@ def main(argv: list[str] | None = None) -> None:
         train(config, args.out, args.resume, args.log)
 
 
+def end(error: BaseException) -> None:
+    """End this process as the error says and at once: sys.exit would wait for collectives that the others are not in."""
+    if isinstance(error, SystemExit) and not error.code:
+        raise error
+    if not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    sys.stdout.flush()
+    os._exit(2 if isinstance(error, SystemExit) else 1)
+
+
 if __name__ == "__main__":
     try:
         main()
     except BaseException as error:
-        if not isinstance(error, SystemExit):
-            traceback.print_exc()
-        elif not error.code:
-            raise
-        sys.stdout.flush()
-        os._exit(2 if isinstance(error, SystemExit) else 1)  # not sys.exit: another rank may wait in a collective for us
+        end(error)

@@ -14,19 +14,19 @@ ways make sequences of the same lengths with as many sampled tokens, and take tu
 import argparse
 import json
 import random
-import statistics
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.timing import compare, take_turns
 from reward import TAGS
 from rollout import Completion, Episode, Limits, Rollout, VLLMEngine
 
-PROMPT, TURN, PASSAGE = 64, (16, 48), 40  # tokens, bounds of a turn's tokens, words
-WAYS = ("ours", "eager", "bare", "barrier")
+PROMPT, TURN, PASSAGE = 64, (8, 32), 32  # tokens, bounds of a turn's tokens, words
 # (trajectories, searches, latency in ms), each varied around the first
 GRID = [(64, 2, 50), (64, 2, 200), (64, 2, 0), (64, 0, 50), (64, 1, 50), (64, 4, 50), (16, 2, 50), (256, 2, 50)]
 
@@ -48,7 +48,7 @@ class Workload(VLLMEngine):
 
     def draw(self, trajectories: int, searches: int, latency: float) -> None:
         rng, decode = random.Random(0), self.tokenizer.decode
-        words = [w for w in range(1000, 20_000) if decode([w]).strip().isalpha()]
+        words = [w for w in range(len(self.tokenizer)) if decode([w]).strip().isalpha()]
         self.searches, self.latency, self.passage = (
             searches,
             latency,
@@ -79,7 +79,7 @@ class Workload(VLLMEngine):
     def ours(self, deterministic: bool = True) -> int:
         self.prompt_of, self.left = {}, {p: n[::-1] for p, n in zip(self.prompts, self.lengths, strict=True)}
         rollout = Rollout(self, self.tokenizer, self.search, TAGS, Limits(max_context=4000), deterministic)
-        rollout.tokenizer = self  # whose `decode` is below
+        rollout.tokenizer = self  # its `decode` is above
         return sum(sum(e.action_mask) for e in rollout.run(Episode({}, list(prompt)) for prompt in self.prompts))
 
     def eager(self) -> int:
@@ -96,28 +96,22 @@ class Workload(VLLMEngine):
         return sum(len(o.token_ids) for o in self.generate(inputs, list(map(sum, self.lengths))))
 
     def barrier(self) -> int:
-        texts, documents, sampled = list(map(self.tokenizer.decode, self.prompts)), self.tokenizer.decode(self.documents), 0
+        texts, sampled = list(map(self.tokenizer.decode, self.prompts)), 0
         for turn in range(self.searches + 1):
             outputs = self.generate(texts, [lengths[turn] for lengths in self.lengths], skip_reading_prefix_cache=True)
             sampled += sum(len(o.token_ids) for o in outputs)
-            texts = [text + o.text + documents for text, o in zip(texts, outputs, strict=True)]
+            texts = [text + o.text + self.tokenizer.decode(self.documents) for text, o in zip(texts, outputs, strict=True)]
             _ = turn < self.searches and self.search(texts, 1)
         return sampled
 
 
 def measure(workload: Workload, repeats: int) -> dict:
-    """Median rates; median, least and greatest of the ratios of rates measured one after another."""
-    rates: dict[str, list[float]] = {way: [] for way in WAYS}
-    for repeat in range(repeats):
-        for way in WAYS if repeat % 2 else WAYS[::-1]:
-            workload.llm.reset_prefix_cache()
-            start = time.perf_counter()
-            rates[way].append(getattr(workload, way)() / (time.perf_counter() - start))
-    result: dict = {f"{way}_tokens_per_s": round(statistics.median(rates[way]), 1) for way in WAYS}
-    for a, b in (("ours", "bare"), ("eager", "bare"), ("ours", "eager"), ("ours", "barrier")):
-        ratios = [x / y for x, y in zip(rates[a], rates[b], strict=True)]
-        result[f"{a} / {b}"] = [round(f(ratios), 3) for f in (statistics.median, min, max)]
-    return result
+    def afresh(way: str) -> int:
+        workload.llm.reset_prefix_cache()
+        return getattr(workload, way)()
+
+    rates = take_turns({way: partial(afresh, way) for way in ("ours", "eager", "bare", "barrier")}, repeats)
+    return compare(rates, "ours / bare", "eager / bare", "ours / eager", "ours / barrier")
 
 
 def main() -> None:

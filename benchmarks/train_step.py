@@ -9,16 +9,16 @@ The episodes are those that a run of train.py has recorded, all of them in one s
     bare       what `unshared` cannot beat: the model in bf16, forward and backward, as many tokens in rows of one length,
                the head over as many positions; no padding, no optimiser, no FSDP
 
-Tokens are those of the episodes, each with its prompt. The last line of --json has the ratios: medians over the repeats.
+Tokens are those of the episodes, each with its prompt. The last line of --json has the ratios: median, least and greatest.
 """
 
 import argparse
 import json
+import math
 import random
-import statistics
 import sys
-import time
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import reinforce_pp
 import train
+from benchmarks.timing import compare, take_turns
 from reinforce_pp import Batch, pack, token_log_probs
 from rollout import Episode
 
@@ -53,24 +54,17 @@ class Workload:
         self.tokens = sum(len(e.token_ids) for e in episodes)
         self.actions = sum(sum(e.action_mask) for e in episodes)
 
-    def step(self, share: float = reinforce_pp.SHARE_PROMPT_FROM) -> float:
-        """The share of padding."""
-        reinforce_pp.SHARE_PROMPT_FROM, before = share, reinforce_pp.SHARE_PROMPT_FROM
-        batch = Batch(self.episodes, self.config, self.device)
-        train.optimize(batch, self.policy, None, self.optimizer)
-        needed = computed = 0
-        for rows in batch.plan(range(len(self.episodes))):
-            members = [[self.episodes[i] for i in row] for row in rows]
-            sequences = [[(e.token_ids, e.action_mask, len(e.prompt_ids)) for e in row] for row in members]
-            computed += pack(sequences)["input_ids"].numel()
-            needed += sum(pack([row])["input_ids"].numel() for row in sequences)
-        reinforce_pp.SHARE_PROMPT_FROM = before
-        return 1 - needed / computed
+    # each way returns the number of tokens
 
-    def unshared(self) -> float:
-        return self.step(share=float("inf"))
+    def step(self) -> int:
+        train.optimize(Batch(self.episodes, self.config, self.device), self.policy, None, self.optimizer)
+        return self.tokens
 
-    def bare(self) -> float:
+    def unshared(self) -> int:
+        with patch.object(reinforce_pp, "SHARE_PROMPT_FROM", math.inf):
+            return self.step()
+
+    def bare(self) -> int:
         length = round(self.tokens / len(self.episodes))
         rows, left = self.config.micro_batch_tokens // length, len(self.episodes)
         head = self.plain.get_output_embeddings().weight
@@ -82,7 +76,25 @@ class Workload:
             targets = torch.randint(1000, chosen.shape)
             token_log_probs(hidden.flatten(0, 1)[chosen], head, targets).sum().backward()
         self.plain.zero_grad(set_to_none=True)
-        return 0.0
+        return self.tokens
+
+    def padding(self) -> float:
+        """The share of padding in what `step` computes."""
+        batch, needed, computed = Batch(self.episodes, self.config, self.device), 0, 0
+        for rows in batch.plan(list(range(len(self.episodes)))):
+            members = [[self.episodes[i] for i in row] for row in rows]
+            sequences = [[(e.token_ids, e.action_mask, len(e.prompt_ids)) for e in row] for row in members]
+            computed += pack(sequences)["input_ids"].numel()
+            needed += sum(pack([row])["input_ids"].numel() for row in sequences)
+        return 1 - needed / computed
+
+    def head(self) -> float:
+        """The share of `bare` that is the head's."""
+        hidden = torch.randn(self.actions, self.plain.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
+        weight, targets = self.plain.get_output_embeddings().weight, torch.randint(1000, (self.actions,))
+        ways = {"bare": self.bare, "head": lambda: token_log_probs(hidden, weight, targets).sum().backward() or self.tokens}
+        rates = take_turns(ways, 1)
+        return rates["bare"][0] / rates["head"][0]
 
 
 def main() -> None:
@@ -94,23 +106,16 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="a line of JSON for each way; the ratios in the last")
     args = parser.parse_args()
     workload = Workload(args.model, read_episodes(args.episodes), args.micro_batch_tokens)
-    ways = ["step", "unshared", "bare"]
-    rates, padding = {way: [] for way in ways}, {}
-    for repeat in range(-1, args.repeats):  # one round to warm up
-        for way in ways if repeat % 2 else ways[::-1]:
-            start = time.perf_counter()
-            padding[way] = getattr(workload, way)()
-            if repeat >= 0:
-                rates[way].append(workload.tokens / (time.perf_counter() - start))
-    print(json.dumps({"episodes": len(workload.episodes), "tokens": workload.tokens, "action_tokens": workload.actions}))
-    for way in ways:
-        row = {"name": way, "tokens_per_s": statistics.median(rates[way]), "padding": padding[way]}
+    for way in ("step", "bare"):  # warm up
+        getattr(workload, way)()
+    rates = take_turns({way: getattr(workload, way) for way in ("step", "unshared", "bare")}, args.repeats)
+    facts = {"episodes": len(workload.episodes), "tokens": workload.tokens, "action_tokens": workload.actions}
+    with patch.object(reinforce_pp, "SHARE_PROMPT_FROM", math.inf):
+        facts["padding_unshared"] = workload.padding()
+    facts |= {"padding": workload.padding(), "head_share": workload.head(), "peak_gib": train.peak_memory_gib()}
+    ratios = compare(rates, "step / bare", "unshared / bare")
+    for row in (facts, {"name": "ratios"} | ratios):
         print(json.dumps(row) if args.json else row)
-    print(json.dumps({"peak_gib": train.peak_memory_gib()}))
-    ratios = {way: sorted(a / b for a, b in zip(rates[way], rates["bare"], strict=True)) for way in ways[:2]}
-    result = {f"{way} / bare": statistics.median(r) for way, r in ratios.items()}
-    spread = {f"{way} / bare from to": [r[0], r[-1]] for way, r in ratios.items()}
-    print(json.dumps({"name": "ratios"} | result | spread) if args.json else f"{result} {spread}")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ pads every micro-batch of 8 episodes on both sides; ours is measured with and wi
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -18,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.timing import compare
 from benchmarks.train_step import Workload, read_episodes
 
 
@@ -92,11 +92,8 @@ def main() -> None:
             rollout_func=replay,
             callbacks=[TakeTurns()],
         ).train()
-    result = {f"{way}_tokens_per_s": statistics.median(rate[1:]) for way, rate in rates.items()}
-    for way in ("step", "unshared"):
-        ratios = sorted(a / b for a, b in zip(rates[way][1:], rates["trl"][1:], strict=True))
-        result |= {f"{way} / trl": statistics.median(ratios), f"{way} / trl from to": [ratios[0], ratios[-1]]}
-    print(json.dumps({"name": "ratios"} | result) if args.json else result)
+    result = {"name": "ratios"} | compare({way: rate[1:] for way, rate in rates.items()}, "step / trl", "unshared / trl")
+    print(json.dumps(result) if args.json else result)
 
 
 if __name__ == "__main__":

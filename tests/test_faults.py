@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ASK, SPECIAL, TELL, ScriptedEngine
+from conftest import ScriptedEngine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_rollout import consistent
+from tiny import ASK, SPECIAL, TELL
 
 import data_prep
 import evaluate

@@ -68,7 +68,7 @@ def test_every_metric_is_defined(model_folder, tmp_path, monkeypatch):
     """The README's table and a run's metrics.jsonl name the same things."""
     import json
 
-    from test_train import TINY
+    from tiny import TINY
 
     monkeypatch.chdir(tmp_path)
     Path("p.txt").write_text("Question: {question}\n<think>")

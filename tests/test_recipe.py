@@ -10,9 +10,9 @@ import sys
 import time
 
 import pytest
-from conftest import ASK, TELL
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import ASK, TELL
 
 import data_prep
 from retriever import read_questions

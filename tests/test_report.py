@@ -209,7 +209,7 @@ def test_contrast():
 
 
 def test_a_real_training_run(tmp_path, model_folder, monkeypatch):
-    from test_train import TINY
+    from tiny import TINY
 
     import train
 

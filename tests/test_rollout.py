@@ -3,7 +3,7 @@
 import time
 
 import pytest
-from conftest import ASK, TELL
+from tiny import ASK, TELL
 
 from reward import PROMPTS, TAGS, judge
 from rollout import Episode, Limits, Rollout, TransformersEngine, data_encoder, derive_seed, prompt_encoder

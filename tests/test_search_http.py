@@ -15,8 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import requests
-from conftest import ASK, TELL
 from test_retriever import PASSAGES, write
+from tiny import ASK, TELL
 
 import retriever
 from retriever import MAX_BODY, MAX_QUERIES, PROVIDERS, Remote, TantivyBM25, Web, open_retriever

@@ -1,61 +1,32 @@
 """The loop: configuration, gradients on one and two ranks, metrics, checkpoints, resume, export."""
 
 import dataclasses
-import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from gradients import make_episodes
+from tiny import make_world, metrics_of
 
 import train
 from reward import TAGS
 
 HERE = Path(__file__).parent
-TINY = dict(
-    prompt_file="p.txt",
-    engine="transformers",
-    prompts_per_step=3,
-    samples_per_prompt=4,
-    updates_per_rollout=1,
-    algorithm="grpo",
-    learning_rate=1e-3,
-    documents_per_search=1,
-    max_searches=2,
-    max_turn_tokens=64,
-    max_context=400,
-    micro_batch_tokens=600,
-    gradient_checkpointing=False,
-    save_every=1,
-    steps=3,
-)
 
 
 @pytest.fixture
 def world(tmp_path, model_folder, monkeypatch):
-    """A folder with questions and passages for the tiny model; the current directory. Returns its configuration."""
+    """The tiny world in the current directory; its configuration."""
     monkeypatch.chdir(tmp_path)
-    Path("p.txt").write_text("Question: {question}\n<think>")
-    questions = [{"id": i, "question": f"who is {i}?", "answers": ["b"]} for i in range(8)]
-    Path("q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
-    passages = [{"id": i, "title": "T", "text": f"words {i} </answer>"} for i in range(5)]
-    Path("c.jsonl").write_text("".join(json.dumps(p) + "\n" for p in passages))
-    return train.Config(**TINY, model=model_folder, questions="q.jsonl", retriever="c.jsonl")
+    return make_world(tmp_path, model_folder)
 
 
 @pytest.fixture
 def device():
     return train.start_distributed()
-
-
-def metrics_of(out) -> list[dict]:
-    """What the run logged, without its times."""
-    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in row.items() if not k.startswith(("seconds", "peak")) and "per_second" not in k} for row in rows
-    ]
 
 
 def torchrun(ranks: int, *args: str) -> subprocess.CompletedProcess:
@@ -293,6 +264,56 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(world, capsys)
     train.train(world, Path("a"), True, None)
     assert "step_000003 is damaged" in capsys.readouterr().err
     assert metrics_of("a") == expected
+
+
+def faulty(ranks: int, point: str, count: int, rank: int, death: str, *arguments: str) -> subprocess.CompletedProcess:
+    _, *arguments = arguments  # train.py itself
+    return torchrun(ranks, str(HERE / "faulty.py"), point, str(count), str(rank), death, *arguments)
+
+
+def test_killed_again_and_again_a_run_ends_as_one_that_was_not(world):
+    """-9 amid the weight sync, amid a checkpoint and after it got its name; benchmarks/faults.py does it at more points."""
+    train.train(world, Path("unbroken"), False, None)
+    for point, count in (("weight sync", 60), ("checkpoint written", 1), ("old checkpoint removed", 3)):
+        assert faulty(1, point, count, 0, "kill", *command(world, "killed", "--resume")).returncode != 0
+    assert torchrun(1, *command(world, "killed", "--resume")).returncode == 0
+    assert metrics_of("killed") == metrics_of("unbroken")
+    models = [(Path(run) / "model/model.safetensors").read_bytes() for run in ("unbroken", "killed")]
+    assert models[0] == models[1]
+    assert sorted(p.name for p in Path("killed/checkpoints").iterdir()) == ["step_000002", "step_000003"]
+
+
+def test_what_one_rank_cannot_do_ends_all_with_its_message(world):
+    start = time.monotonic()
+    result = faulty(2, "backward", 2, 1, "raise", *command(world, "a"))
+    assert result.returncode != 0 and "a fault was injected" in result.stderr
+    assert time.monotonic() - start < 120 and len(metrics_of("a")) == 1  # most of it is the start
+
+
+def test_a_full_disk_loses_no_checkpoint(world, tmp_path):
+    """On a file system that holds one checkpoint and a half."""
+    small = tmp_path / "small"
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)], capture_output=True).returncode:
+        pytest.skip("may not mount a tmpfs here")
+    try:
+        result = torchrun(1, *command(world, "small/a"))
+        assert result.returncode != 0
+        (line,) = [line for line in result.stderr.splitlines() if line.startswith("train.py: ")]
+        assert "step_000002: cannot be written" in line and "No space left" in line
+        assert [p.name for p in (small / "a/checkpoints").iterdir()] == ["step_000001"]
+        subprocess.run(["mount", "-o", "remount,size=20m", str(small)], check=True)
+        train.train(world, small / "a", True, None)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_refused_call_leaves_the_configuration(world):
+    train.train(dataclasses.replace(world, steps=2), Path("a"), False, None)
+    before = Path("a/config.json").read_bytes()
+    with pytest.raises(ValueError, match="past --steps 1"):
+        train.train(dataclasses.replace(world, steps=1), Path("a"), True, None)
+    assert Path("a/config.json").read_bytes() == before
 
 
 def test_kl_starts_at_zero_and_several_updates_clip(world):

@@ -1,0 +1,116 @@
+"""Kill training runs at random moments until they are through, and compare them with one that was left alone.
+
+    python benchmarks/faults.py --json
+
+Runs of the tests' tiny model with the real vLLM, on one rank and on two, take turns. Half of the kills (-9) come from
+outside and take all processes at once, as when a node dies; half from inside one rank, at points drawn from
+tests/faulty.py, among them amid a checkpoint and amid the weight sync. After each kill the log must be the beginning of the
+unbroken run's; in the end metrics and model must equal its, bit for bit. Exit status 1 if any is not.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+
+from faulty import POINTS
+from tiny import make_model, make_world, metrics_of
+
+import train
+
+ROOT = Path(__file__).resolve().parent.parent
+OFTEN = {"rollout": 40, "weight sync": 60, "checkpoint synced": 8, "checkpoint written": 3}  # calls in two steps or so
+
+
+def launch(ranks: int, out: str, flags: list[str], fault: list[str] | None, limit: float | None) -> int:
+    """Run train.py, with a fault inside or until all its processes are killed after `limit` seconds; the exit status."""
+    script = [str(ROOT / "train.py")] if fault is None else [str(ROOT / "tests" / "faulty.py"), *fault]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *script]
+    with open(f"{out}.log", "a") as log:
+        process = subprocess.Popen([*command, *flags, "--resume", "--out", out], stdout=log, stderr=log)
+        try:
+            return process.wait(limit)
+        except subprocess.TimeoutExpired:
+            subprocess.run(["pkill", "-9", "-f", f"--out {out}"], check=True)  # torchrun and its ranks
+            return process.wait()
+
+
+def progress(out: str) -> int:
+    return train.newest_checkpoint(Path(out, "checkpoints"))[1]["step"]
+
+
+def log_of(out: str) -> list[dict]:
+    """The steps that a run has logged; at its death the last line may be torn."""
+    file = Path(out, "metrics.jsonl")
+    if file.exists() and not file.read_bytes().endswith(b"\n"):
+        file.write_bytes(file.read_bytes().rpartition(b"\n")[0] + b"\n")
+    return metrics_of(out) if file.exists() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=24)
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--engine", default="vllm", choices=["vllm", "transformers"])
+    parser.add_argument("--json", action="store_true", help="a line of JSON for each kill and each end")
+    args = parser.parse_args()
+    rng, folder, equal, kills, chains = random.Random(args.seed), Path(tempfile.mkdtemp()), True, 0, 0
+    make_model(folder / "tiny")
+    config = make_world(folder, str(folder / "tiny"))
+    config = dataclasses.replace(config, engine=args.engine, steps=args.steps, save_every=2)
+    flags = [f"--{k}={v}" for k, v in dataclasses.asdict(config).items() if not isinstance(v, bool) and v != ""]
+    flags += ["--preset", "demo", "--stage", "2"]
+    os.environ["OMP_NUM_THREADS"] = "1"
+    os.chdir(folder)
+
+    def tell(row: dict) -> None:
+        print(json.dumps(row) if args.json else row, flush=True)
+
+    seconds, model = {}, {}
+    for ranks in (1, 2):
+        out, start = f"{folder}/unbroken{ranks}", time.monotonic()
+        assert launch(ranks, out, flags, None, None) == 0, Path(f"{out}.log").read_text()
+        seconds[ranks], model[ranks] = time.monotonic() - start, Path(out, "model/model.safetensors").read_bytes()
+        tell({"ranks": ranks, "steps": args.steps, "seconds": round(seconds[ranks], 1)})
+    while kills < args.kills:
+        chains += 1
+        ranks, out, status = 1 + chains % 2, f"{folder}/chain{chains}.", -9
+        expected = metrics_of(f"unbroken{ranks}")
+        while status:
+            point, limit, fault = "outside, all at once", None, None
+            if rng.random() < 0.5:
+                limit = rng.uniform(0.3, 1.0) * seconds[ranks]  # before that it is starting
+            else:
+                point = rng.choice(list(POINTS))
+                fault = [point, str(rng.randint(1, OFTEN.get(point, 2))), str(rng.randrange(ranks)), "kill"]
+            resumed_at, begun = progress(out), time.monotonic()
+            status = launch(ranks, out, flags, fault, limit)
+            logged = log_of(out)
+            if status:
+                kills += 1
+                good = logged == expected[: len(logged)]
+                at = point if fault is None else "{}, call {}, rank {}".format(*fault)
+                row = {"kill": kills, "ranks": ranks, "at": at}
+                row |= {"after_s": round(time.monotonic() - begun, 1), "resumed_at": resumed_at, "logged": len(logged)}
+            else:
+                good = logged == expected and Path(out, "model/model.safetensors").read_bytes() == model[ranks]
+                row = {"chain": chains, "ranks": ranks, "ended": True, "resumed_at": resumed_at, "logged": len(logged)}
+            equal &= good
+            tell(row | {"equal": good})
+    tell({"name": "all", "kills": kills, "runs": chains, "equal": equal})
+    subprocess.run(["rm", "-r", str(folder)], check=True)
+    sys.exit(0 if equal else 1)
+
+
+if __name__ == "__main__":
+    main()

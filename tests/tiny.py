@@ -1,0 +1,99 @@
+"""A tiny world to train in: a model, questions, passages, a configuration; and what a run in it logged."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import train
+
+ASK = " I look.\n<|begin_of_query|> red harbor <|end_of_query|>"
+TELL = "\nIt is b. </think> <answer> b </answer>"
+DOCUMENTS = "\n\n<|begin_of_documents|>\n(1)T   words\n<|end_of_documents|>"
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TINY = dict(
+    prompt_file="p.txt",
+    engine="transformers",
+    prompts_per_step=3,
+    samples_per_prompt=4,
+    updates_per_rollout=1,
+    algorithm="grpo",
+    learning_rate=1e-3,
+    documents_per_search=1,
+    max_searches=2,
+    max_turn_tokens=64,
+    max_context=400,
+    micro_batch_tokens=600,
+    gradient_checkpointing=False,
+    save_every=1,
+    steps=3,
+)
+
+
+def make_model(folder: Path) -> None:
+    """A real model folder, for transformers and vLLM: a tiny Llama that was taught to search and answer by heart."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator([f"Question: who is {i}?\n<think>{ASK}{DOCUMENTS}{TELL}" for i in range(10)], trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=2,
+        initializer_range=0.2,
+    )
+    model = LlamaForCausalLM(config)
+    lessons = []
+    for i in range(10):
+        parts = [f"Question: who is {i}?\n<think>", ASK, DOCUMENTS, TELL]
+        if i % 2:
+            parts = [parts[0], TELL]
+        lessons.append(torch.tensor([[t for part in parts for t in tokenizer.encode(part, add_special_tokens=False)]]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(100):
+        ids = lessons[step % 10]
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def make_world(folder: Path, model: str) -> train.Config:
+    """Questions and passages for the tiny model in a folder; its configuration, for runs with the folder as current one."""
+    (folder / "p.txt").write_text("Question: {question}\n<think>")
+    questions = [{"id": i, "question": f"who is {i}?", "answers": ["b"]} for i in range(8)]
+    (folder / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
+    passages = [{"id": i, "title": "T", "text": f"words {i} </answer>"} for i in range(5)]
+    (folder / "c.jsonl").write_text("".join(json.dumps(p) + "\n" for p in passages))
+    return train.Config(**TINY, model=model, questions="q.jsonl", retriever="c.jsonl")
+
+
+def metrics_of(out) -> list[dict]:
+    """What the run logged, without its times."""
+    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in row.items() if not k.startswith(("seconds", "peak")) and "per_second" not in k} for row in rows
+    ]

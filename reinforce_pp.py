@@ -25,7 +25,6 @@ from itertools import groupby
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 SHARE_PROMPT_FROM = 0.5  # prompt length over mean continuation length from which sharing beats plain causal attention
@@ -33,6 +32,35 @@ ALGORITHMS = ("reinforce++", "reinforce++_baseline", "grpo")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Log-probabilities
+
+
+class TokenLogProbs(torch.autograd.Function):
+    """`token_log_probs`. A chunk's logits are one buffer, which becomes their softmax or their gradient in place."""
+
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int) -> Tensor:
+        log_probs, log_sums = torch.empty(2, len(targets), dtype=torch.float32, device=hidden.device)
+        for part in (slice(start, start + chunk) for start in range(0, len(targets), chunk)):
+            logits = (hidden[part] @ weight.T).float().div_(temperature)  # (chunk, V)
+            largest, chosen = logits.amax(-1), logits.gather(-1, targets[part, None])[:, 0]
+            log_sums[part] = logits.sub_(largest[:, None]).exp_().sum(-1).log() + largest
+            log_probs[part] = chosen - log_sums[part]
+        ctx.save_for_backward(hidden, weight, targets, log_sums)
+        ctx.temperature, ctx.chunk = temperature, chunk
+        return log_probs
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        hidden, weight, targets, log_sums = ctx.saved_tensors
+        grad_hidden, grad_weight, grad = torch.empty_like(hidden), torch.zeros_like(weight), grad / ctx.temperature
+        for part in (slice(start, start + ctx.chunk) for start in range(0, len(targets), ctx.chunk)):
+            logits = (hidden[part] @ weight.T).float().div_(ctx.temperature)
+            softmax = logits.sub_(log_sums[part, None]).exp_()
+            grad_logits = softmax.mul_(-grad[part, None]).scatter_add_(-1, targets[part, None], grad[part, None])
+            grad_logits = grad_logits.to(hidden.dtype)
+            grad_hidden[part] = grad_logits @ weight
+            grad_weight.addmm_(grad_logits.T, hidden[part])
+        return grad_hidden, grad_weight, None, None, None
 
 
 def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 1024) -> Tensor:
@@ -47,13 +75,7 @@ def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, temperature
     Returns:
         (N,) fp32.
     """
-
-    def head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        logits = (hidden @ weight.T).float() / temperature  # (chunk, V)
-        return logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)
-
-    pieces = zip(hidden.split(chunk), targets.split(chunk), strict=True)
-    return torch.cat([checkpoint(head, h, weight, t, use_reentrant=False) for h, t in pieces])
+    return TokenLogProbs.apply(hidden, weight, targets, temperature, chunk)
 
 
 class Policy(nn.Module):

@@ -11,7 +11,6 @@ work space of kernels, fragmentation, what a sleeping engine keeps; a card of "8
 import json
 import sys
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from itertools import product
 from pathlib import Path
 from unittest.mock import patch
@@ -28,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import reinforce_pp
 import train
+from benchmarks.log_probs import straightforward
 
 CARD, CPU, RANKS, CONTEXTS = 80e9, torch.device("cpu"), (8, 16), (4096, 8192, 16384, 32768)
 NAMES = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads".split()
@@ -68,8 +68,8 @@ def training(mode, model: tuple, ranks: int, context: int, checkpointing: bool, 
         (loss.sum() / len(old)).backward()
         update()
 
-    whole = partial(reinforce_pp.token_log_probs, chunk=context)  # all logits at once, kept for the backward pass
-    plain = patch.multiple(reinforce_pp, token_log_probs=whole, checkpoint=lambda head, *args, **_: head(*args))
+    # all logits at once, kept for the backward pass; the presets' temperature is 1
+    plain = patch.object(reinforce_pp, "token_log_probs", lambda *args: straightforward(*args[:3]))
     with mode, nullcontext() if chunked else plain:
         inputs = reinforce_pp.pack([[([0] * context, [0] * (context - context // 2) + [1] * (context // 2), 1)]])
         for parameter in policy.parameters():

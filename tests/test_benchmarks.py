@@ -1,5 +1,6 @@
 """The benchmarks: what they compute agrees with the real thing, and they run."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -12,7 +13,9 @@ import numpy as np
 import pytest
 import torch
 from test_retriever import PASSAGES, write
+from tiny import make_world
 
+import train
 from benchmarks import dense_memory, memory_7b
 from benchmarks import retriever as benchmark
 
@@ -112,3 +115,32 @@ def test_a_simulated_step_takes_what_arithmetic_says_and_what_a_real_one_allocat
             assert simulated[kind] == pytest.approx(width * memory_7b.parameter_count(*SMALL[1:]) / 8, rel=0.02)
         assert simulated["total"] - simulated["start"] == pytest.approx(allocated, rel=0.02)
         assert attention and all("flash_attention" in name for name in attention)  # no scores of (T, T)
+
+
+def last_line(script: str, *arguments) -> dict:
+    """What a benchmark prints last."""
+    command = [sys.executable, str(ROOT / "benchmarks" / script), "--json", *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    line = json.loads(result.stdout.splitlines()[-1])
+    assert line.pop("name") == "ratios"
+    return line
+
+
+def test_the_head_takes_less_memory_and_gives_the_same():
+    found = last_line("log_probs.py", "--tokens", 4096, "--vocabulary", 20_000, "--hidden", 64, "--repeats", 1)
+    assert found["largest_error"] < 1e-5 and found["memory"] < 0.5 and found["time"] > 0
+
+
+def test_the_rollout_benchmark_runs_and_ends_in_the_ratios(model_folder):
+    (found,) = last_line("rollout.py", "--model", model_folder, "--cells", 1, "--repeats", 1).values()
+    assert set(found) == {"ours / bare", "eager / bare", "ours / eager", "ours / barrier"}
+    assert all(len(ratio) == 3 and min(ratio) > 0 for ratio in found.values())
+
+
+def test_the_train_step_benchmark_runs_on_what_a_run_recorded(model_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(make_world(tmp_path, model_folder), samples_per_prompt=8, steps=2)
+    train.train(config, Path("run"), False, None)
+    found = last_line("train_step.py", "--model", model_folder, "--episodes", "run/trajectories.jsonl", "--repeats", 1)
+    assert found["step / bare"][0] > 0 and found["unshared / bare"][0] > 0

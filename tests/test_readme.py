@@ -58,7 +58,11 @@ def test_there_are_commands():
     assert len(COMMANDS) > 8
 
 
-@pytest.mark.parametrize("script", ["train.py", "evaluate.py", "data_prep.py", "retriever.py", "benchmarks/retriever.py"])
+SCRIPTS = ["train.py", "evaluate.py", "data_prep.py", "retriever.py"]
+SCRIPTS += [f"benchmarks/{name}.py" for name in ("retriever", "rollout", "train_step", "trl_step", "difficulty", "faults")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script):
     result = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and "usage" in result.stdout

@@ -39,7 +39,7 @@ class TokenLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int) -> Tensor:
-        log_probs, log_sums = torch.empty(2, len(targets), dtype=torch.float32, device=hidden.device)
+        log_probs, log_sums = (hidden.new_empty(len(targets), dtype=torch.float32) for _ in range(2))
         for part in (slice(start, start + chunk) for start in range(0, len(targets), chunk)):
             logits = (hidden[part] @ weight.T).float().div_(temperature)  # (chunk, V)
             largest, chosen = logits.amax(-1), logits.gather(-1, targets[part, None])[:, 0]

@@ -40,7 +40,7 @@ def launch(ranks: int, out: str, flags: list[str], fault: list[str] | None, limi
         try:
             return process.wait(limit)
         except subprocess.TimeoutExpired:
-            subprocess.run(["pkill", "-9", "-f", f"--out {out}"], check=True)  # torchrun and its ranks
+            subprocess.run(["pkill", "-9", "-f", "--", f"--out {out}"])  # torchrun and its ranks
             return process.wait()
 
 

@@ -144,3 +144,16 @@ def test_the_train_step_benchmark_runs_on_what_a_run_recorded(model_folder, tmp_
     train.train(config, Path("run"), False, None)
     found = last_line("train_step.py", "--model", model_folder, "--episodes", "run/trajectories.jsonl", "--repeats", 1)
     assert found["step / bare"][0] > 0 and found["unshared / bare"][0] > 0
+
+
+def test_the_readmes_ratios_are_those_of_the_saved_runs():
+    """A row names a file and an entry of its last line; its figure is that entry, or the median it begins with."""
+    section = (ROOT / "README.md").read_text().split("\n## Speed")[1].split("\n## ")[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) > 5
+    for *_, figure, source in rows:
+        name, *path = [part.strip("` ") for part in source.split(":")]
+        entry = json.loads((ROOT / "results" / "speed" / name).read_text().splitlines()[-1])
+        for key in path:
+            entry = entry[key]
+        assert figure == f"{entry[0] if isinstance(entry, list) else entry:.2f}", source

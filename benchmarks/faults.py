@@ -48,14 +48,6 @@ def progress(out: str) -> int:
     return train.newest_checkpoint(Path(out, "checkpoints"))[1]["step"]
 
 
-def log_of(out: str) -> list[dict]:
-    """The steps that a run has logged; at its death the last line may be torn."""
-    file = Path(out, "metrics.jsonl")
-    if file.exists() and not file.read_bytes().endswith(b"\n"):
-        file.write_bytes(file.read_bytes().rpartition(b"\n")[0] + b"\n")
-    return metrics_of(out) if file.exists() else []
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=24)
@@ -95,7 +87,7 @@ def main() -> None:
                 fault = [point, str(rng.randint(1, OFTEN.get(point, 2))), str(rng.randrange(ranks)), "kill"]
             resumed_at, begun = progress(out), time.monotonic()
             status = launch(ranks, out, flags, fault, limit)
-            logged = log_of(out)
+            logged = metrics_of(out)
             if status:
                 kills += 1
                 good = logged == expected[: len(logged)]

@@ -29,6 +29,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="a line of JSON")
     args = parser.parse_args()
     from datasets import Dataset
+    from datasets.table import InMemoryTable
     from transformers import AutoTokenizer, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
@@ -65,11 +66,12 @@ def main() -> None:
                 getattr(workload, way)()
                 rates[way].append(workload.tokens / (time.perf_counter() - start))
 
+    groups = [str(i) for i in range(len(workload.episodes) // samples)]
     with tempfile.TemporaryDirectory() as folder:
         options = GRPOConfig(
             output_dir=folder,
             per_device_train_batch_size=samples,
-            gradient_accumulation_steps=len(workload.episodes) // samples,
+            gradient_accumulation_steps=len(groups),
             num_generations=samples,
             max_completion_length=workload.config.max_context,
             max_steps=args.repeats + 1,  # one to warm up
@@ -88,7 +90,7 @@ def main() -> None:
             processing_class=AutoTokenizer.from_pretrained(args.model),
             reward_funcs=lambda prompts, completions, reward, **_: reward,
             args=options,
-            train_dataset=Dataset.from_dict({"prompt": [str(i) for i in range(len(workload.episodes) // samples)]}),
+            train_dataset=Dataset(InMemoryTable.from_pydict({"prompt": groups}), fingerprint="recorded"),
             rollout_func=replay,
             callbacks=[TakeTurns()],
         ).train()

@@ -92,8 +92,9 @@ def make_world(folder: Path, model: str) -> train.Config:
 
 
 def metrics_of(out) -> list[dict]:
-    """What the run logged, without its times."""
-    rows = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+    """What the run logged, without its times; a last line that it was killed over is left out."""
+    file = Path(out) / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
     return [
         {k: v for k, v in row.items() if not k.startswith(("seconds", "peak")) and "per_second" not in k} for row in rows
     ]

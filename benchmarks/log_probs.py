@@ -6,7 +6,6 @@
 about 20 GB. Memory is the peak above what was resident before. The last line of --json has the ratios.
 """
 
-import argparse
 import gc
 import json
 import statistics
@@ -18,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.timing import arguments
 from reinforce_pp import token_log_probs
 
 
@@ -48,13 +48,7 @@ def measure(function, hidden, weight, targets) -> tuple[float, float, list[torch
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--vocabulary", type=int, default=152_064)
-    parser.add_argument("--hidden", type=int, default=512)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", action="store_true", help="one line of JSON for each round, the ratios in the last")
-    args = parser.parse_args()
+    args = arguments(__doc__, repeats=3, tokens=8192, vocabulary=152_064, hidden=512)
     torch.manual_seed(0)
     hidden = torch.randn(args.tokens, args.hidden)
     weight = torch.randn(args.vocabulary, args.hidden) / args.hidden**0.5

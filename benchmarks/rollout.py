@@ -11,18 +11,17 @@ ways make sequences of the same lengths with as many sampled tokens, and take tu
     barrier   the official code's: text in and out; all wait for the last of a turn, then compute the whole prefix again
 """
 
-import argparse
 import json
 import random
 import sys
 import time
 from dataclasses import replace
-from functools import partial
+from functools import partial, partialmethod
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.timing import compare, take_turns
+from benchmarks.timing import arguments, compare, take_turns
 from reward import TAGS
 from rollout import Completion, Episode, Limits, Rollout, VLLMEngine
 
@@ -39,28 +38,16 @@ class Workload(VLLMEngine):
 
         super().__init__(model, max_context=4000)
         self.tokenizer, add = AutoTokenizer.from_pretrained(model), self.engine.add_request
-
-        def add_endless(name: str, prompt, params, **options) -> None:
-            params.ignore_eos = True
-            add(name, prompt, params, **options)
-
-        self.engine.add_request = add_endless
+        self.engine.add_request = lambda name, prompt, p: setattr(p, "ignore_eos", True) or add(name, prompt, p)
 
     def draw(self, trajectories: int, searches: int, latency: float) -> None:
         rng, decode = random.Random(0), self.tokenizer.decode
         words = [w for w in range(len(self.tokenizer)) if decode([w]).strip().isalpha()]
-        self.searches, self.latency, self.passage = (
-            searches,
-            latency,
-            {"title": "T", "text": decode(rng.choices(words, k=PASSAGE))},
-        )
+        self.passage = {"title": "T", "text": decode(rng.choices(words, k=PASSAGE))}
+        self.search = lambda queries, k: time.sleep(latency) or [[self.passage] for _ in queries]
         self.prompts = [tuple(rng.choices(words, k=PROMPT)) for _ in range(trajectories)]
-        self.lengths = [[rng.randint(*TURN) for _ in range(searches + 1)] for _ in range(trajectories)]
+        self.lengths = [[rng.randint(*TURN) for _ in range(searches + 1)] for _ in range(trajectories)]  # of their turns
         self.documents = Rollout(self, self.tokenizer, self.search, TAGS, Limits())._encode_documents([self.passage])
-
-    def search(self, queries: list[str], k: int) -> list[list[dict]]:
-        time.sleep(self.latency)
-        return [[self.passage] for _ in queries]
 
     def decode(self, token_ids: list[int]) -> str:
         return self.tokenizer.decode(token_ids) + f"{TAGS.query[0]} red {TAGS.query[1]}"
@@ -74,59 +61,52 @@ class Workload(VLLMEngine):
         last = {key for key, prompt in self.prompt_of.items() if not self.left[prompt]}
         return [replace(c, stop=TAGS.answer[1] if c.key in last else TAGS.query[1]) for c in super().step()]
 
-    # each way returns how many tokens it sampled
-
-    def ours(self, deterministic: bool = True) -> int:
+    def ours(self, deterministic: bool = True) -> None:
         self.prompt_of, self.left = {}, {p: n[::-1] for p, n in zip(self.prompts, self.lengths, strict=True)}
         rollout = Rollout(self, self.tokenizer, self.search, TAGS, Limits(max_context=4000), deterministic)
         rollout.tokenizer = self  # its `decode` is above
-        return sum(sum(e.action_mask) for e in rollout.run(Episode({}, list(prompt)) for prompt in self.prompts))
+        episodes = rollout.run(Episode({}, list(prompt)) for prompt in self.prompts)
+        assert sum(sum(e.action_mask) for e in episodes) == sum(map(sum, self.lengths))
 
-    def eager(self) -> int:
-        return self.ours(deterministic=False)
+    eager = partialmethod(ours, deterministic=False)
 
     def generate(self, inputs: list, lengths: list[int], **options) -> list:
         from vllm import SamplingParams
 
         params = [SamplingParams(max_tokens=length, ignore_eos=True, **options) for length in lengths]
-        return [output.outputs[0] for output in self.llm.generate(inputs, params, use_tqdm=False)]
+        return self.llm.generate(inputs, params, use_tqdm=False)
 
-    def bare(self) -> int:
-        inputs = [{"prompt_token_ids": [*prompt, *self.documents * self.searches]} for prompt in self.prompts]
-        return sum(len(o.token_ids) for o in self.generate(inputs, list(map(sum, self.lengths))))
+    def bare(self) -> None:
+        context = self.documents * (len(self.lengths[0]) - 1)
+        self.generate([{"prompt_token_ids": [*p, *context]} for p in self.prompts], list(map(sum, self.lengths)))
 
-    def barrier(self) -> int:
-        texts, sampled = list(map(self.tokenizer.decode, self.prompts)), 0
-        for turn in range(self.searches + 1):
-            outputs = self.generate(texts, [lengths[turn] for lengths in self.lengths], skip_reading_prefix_cache=True)
-            sampled += sum(len(o.token_ids) for o in outputs)
-            texts = [text + o.text + self.tokenizer.decode(self.documents) for text, o in zip(texts, outputs, strict=True)]
-            _ = turn < self.searches and self.search(texts, 1)
-        return sampled
+    def barrier(self) -> None:
+        texts = list(map(self.tokenizer.decode, self.prompts))
+        for turn, lengths in enumerate(zip(*self.lengths, strict=True)):
+            if turn:
+                self.search(texts, 1)
+                texts = [text + self.tokenizer.decode(self.documents) for text in texts]
+            outputs = self.generate(texts, lengths, skip_reading_prefix_cache=True)
+            texts = [text + o.outputs[0].text for text, o in zip(texts, outputs, strict=True)]
 
+    def measure(self, repeats: int) -> dict:
+        def afresh(way: str) -> int:
+            self.llm.reset_prefix_cache()
+            getattr(self, way)()
+            return sum(map(sum, self.lengths))  # each way samples so many tokens
 
-def measure(workload: Workload, repeats: int) -> dict:
-    def afresh(way: str) -> int:
-        workload.llm.reset_prefix_cache()
-        return getattr(workload, way)()
-
-    rates = take_turns({way: partial(afresh, way) for way in ("ours", "eager", "bare", "barrier")}, repeats)
-    return compare(rates, "ours / bare", "eager / bare", "ours / eager", "ours / barrier")
+        rates = take_turns({way: partial(afresh, way) for way in ("ours", "eager", "bare", "barrier")}, repeats)
+        return compare(rates, "ours / bare", "eager / bare", "ours / eager", "ours / barrier")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo/model", help="Hugging Face folder")
-    parser.add_argument("--cells", type=int, default=len(GRID), help="only the first so many settings")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="a line of JSON each; the last one has the ratios")
-    args = parser.parse_args()
+    args = arguments(__doc__, cells=len(GRID))
     workload, ratios = Workload(args.model), {}
     workload.draw(8, 1, 0.0)
-    measure(workload, 1)  # warm up
+    workload.measure(1)  # warm up
     for trajectories, searches, latency in GRID[: args.cells]:
         workload.draw(trajectories, searches, latency / 1000)
-        name, result = f"{trajectories} trajectories, {searches} searches, {latency} ms", measure(workload, args.repeats)
+        name, result = f"{trajectories} trajectories, {searches} searches, {latency} ms", workload.measure(args.repeats)
         ratios[name] = {key: value for key, value in result.items() if "/" in key}
         print(json.dumps({"name": name} | result) if args.json else f"{name}: {ratios[name]}", flush=True)
     print(json.dumps({"name": "ratios"} | ratios) if args.json else "")

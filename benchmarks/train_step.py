@@ -12,7 +12,6 @@ The episodes are those that a run of train.py has recorded, all of them in one s
 Tokens are those of the episodes, each with its prompt. The last line of --json has the ratios: median, least and greatest.
 """
 
-import argparse
 import json
 import math
 import random
@@ -26,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import reinforce_pp
 import train
-from benchmarks.timing import compare, take_turns
+from benchmarks.timing import arguments, compare, take_turns
 from reinforce_pp import Batch, pack, token_log_probs
 from rollout import Episode
 
@@ -98,13 +97,7 @@ class Workload:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo/stage1/model", help="Hugging Face folder")
-    parser.add_argument("--episodes", default="demo/stage1/trajectories.jsonl", help="trajectories.jsonl of a demo run")
-    parser.add_argument("--micro_batch_tokens", type=int, default=2048, help="default 2048, the demo's")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="a line of JSON for each way; the ratios in the last")
-    args = parser.parse_args()
+    args = arguments(__doc__, episodes="demo/stage1/trajectories.jsonl", micro_batch_tokens=2048)
     workload = Workload(args.model, read_episodes(args.episodes), args.micro_batch_tokens)
     for way in ("step", "bare"):  # warm up
         getattr(workload, way)()

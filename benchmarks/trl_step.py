@@ -7,7 +7,6 @@ is advantages, forward, backward, clipping and AdamW, in bf16 compute over fp32 
 pads every micro-batch of 8 episodes on both sides; ours is measured with and without a prompt's computation shared.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -17,17 +16,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.timing import compare
+from benchmarks.timing import arguments, compare
 from benchmarks.train_step import Workload, read_episodes
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="demo/stage1/model", help="Hugging Face folder")
-    parser.add_argument("--episodes", default="demo/stage1/trajectories.jsonl", help="trajectories.jsonl of a demo run")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", action="store_true", help="a line of JSON")
-    args = parser.parse_args()
+    args = arguments(__doc__, episodes="demo/stage1/trajectories.jsonl")
     from datasets import Dataset
     from datasets.table import InMemoryTable
     from transformers import AutoTokenizer, TrainerCallback

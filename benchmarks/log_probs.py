@@ -3,7 +3,7 @@
     python benchmarks/log_probs.py --json
 
 8,192 action tokens, Qwen's vocabulary, hidden size 512, fp32, forward and backward, in turns. The straightforward way takes
-about 20 GB. Memory is the peak above what was resident before. The last line of --json has the ratios.
+14 GiB. Memory is the peak above what was resident before. The last line of --json has the ratios.
 """
 
 import gc

@@ -36,9 +36,9 @@ class Workload(VLLMEngine):
     def __init__(self, model: str):
         from transformers import AutoTokenizer
 
-        super().__init__(model, max_context=4000)
+        super().__init__(model, max_context=1024)
         self.tokenizer, add = AutoTokenizer.from_pretrained(model), self.engine.add_request
-        self.engine.add_request = lambda name, prompt, p: setattr(p, "ignore_eos", True) or add(name, prompt, p)
+        self.engine.add_request = lambda name, text, p, **more: setattr(p, "ignore_eos", True) or add(name, text, p, **more)
 
     def draw(self, trajectories: int, searches: int, latency: float) -> None:
         rng, decode = random.Random(0), self.tokenizer.decode
@@ -63,7 +63,7 @@ class Workload(VLLMEngine):
 
     def ours(self, deterministic: bool = True) -> None:
         self.prompt_of, self.left = {}, {p: n[::-1] for p, n in zip(self.prompts, self.lengths, strict=True)}
-        rollout = Rollout(self, self.tokenizer, self.search, TAGS, Limits(max_context=4000), deterministic)
+        rollout = Rollout(self, self.tokenizer, self.search, TAGS, Limits(max_context=1024), deterministic)
         rollout.tokenizer = self  # its `decode` is above
         episodes = rollout.run(Episode({}, list(prompt)) for prompt in self.prompts)
         assert sum(sum(e.action_mask) for e in episodes) == sum(map(sum, self.lengths))
@@ -100,7 +100,7 @@ class Workload(VLLMEngine):
 
 
 def main() -> None:
-    args = arguments(__doc__, cells=len(GRID))
+    args = arguments(__doc__, model="demo/stage1/model", cells=len(GRID))
     workload, ratios = Workload(args.model), {}
     workload.draw(8, 1, 0.0)
     workload.measure(1)  # warm up

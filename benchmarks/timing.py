@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 
 def arguments(description: str, **options) -> argparse.Namespace:
-    """--model, --repeats, --json, and `options` with their defaults."""
+    """--repeats, --json, and `options` with their defaults."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in ({"model": "demo/stage1/model", "repeats": 5} | options).items():
+    for name, default in ({"repeats": 5} | options).items():
         parser.add_argument(f"--{name}", type=type(default), default=default, help=f"default {default}")
     parser.add_argument("--json", action="store_true", help="lines of JSON, in the last one the ratios")
     return parser.parse_args()

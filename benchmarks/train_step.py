@@ -70,9 +70,11 @@ class Workload:
         while left:
             count = min(rows, left)
             left -= count
-            hidden = self.plain.base_model(torch.randint(1000, (count, length)), use_cache=False).last_hidden_state
+            hidden = self.plain.base_model(
+                torch.randint(self.plain.config.vocab_size, (count, length)), use_cache=False
+            ).last_hidden_state
             chosen = torch.randint(count * length, (self.actions * count // len(self.episodes),))
-            targets = torch.randint(1000, chosen.shape)
+            targets = torch.randint(self.plain.config.vocab_size, chosen.shape)
             token_log_probs(hidden.flatten(0, 1)[chosen], head, targets).sum().backward()
         self.plain.zero_grad(set_to_none=True)
         return self.tokens
@@ -90,14 +92,17 @@ class Workload:
     def head(self) -> float:
         """The share of `bare` that is the head's."""
         hidden = torch.randn(self.actions, self.plain.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-        weight, targets = self.plain.get_output_embeddings().weight, torch.randint(1000, (self.actions,))
+        weight, targets = (
+            self.plain.get_output_embeddings().weight,
+            torch.randint(self.plain.config.vocab_size, (self.actions,)),
+        )
         ways = {"bare": self.bare, "head": lambda: token_log_probs(hidden, weight, targets).sum().backward() or self.tokens}
         rates = take_turns(ways, 1)
         return rates["bare"][0] / rates["head"][0]
 
 
 def main() -> None:
-    args = arguments(__doc__, episodes="demo/stage1/trajectories.jsonl", micro_batch_tokens=2048)
+    args = arguments(__doc__, model="demo/stage1/model", episodes="demo/stage1/trajectories.jsonl", micro_batch_tokens=2048)
     workload = Workload(args.model, read_episodes(args.episodes), args.micro_batch_tokens)
     for way in ("step", "bare"):  # warm up
         getattr(workload, way)()

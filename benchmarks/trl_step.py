@@ -21,7 +21,7 @@ from benchmarks.train_step import Workload, read_episodes
 
 
 def main() -> None:
-    args = arguments(__doc__, episodes="demo/stage1/trajectories.jsonl")
+    args = arguments(__doc__, model="demo/stage1/model", episodes="demo/stage1/trajectories.jsonl")
     from datasets import Dataset
     from datasets.table import InMemoryTable
     from transformers import AutoTokenizer, TrainerCallback

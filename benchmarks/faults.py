@@ -3,7 +3,7 @@
     python benchmarks/faults.py --json
 
 Runs of the tests' tiny model with the real vLLM, on one rank and on two, take turns. Half of the kills (-9) come from
-outside and take all processes at once, as when a node dies; half from inside one rank, at points drawn from
+outside and take all processes at once, as when a node dies; half from inside one rank, at each point of
 tests/faulty.py, among them amid a checkpoint and amid the weight sync. After each kill the log must be the beginning of the
 unbroken run's; in the end metrics and model must equal its, bit for bit. Exit status 1 if any is not.
 """
@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import cycle
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -57,6 +58,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="a line of JSON for each kill and each end")
     args = parser.parse_args()
     rng, folder, equal, kills, chains = random.Random(args.seed), Path(tempfile.mkdtemp()), True, 0, 0
+    points = cycle(rng.sample(list(POINTS), len(POINTS)))  # each comes up
     make_model(folder / "tiny")
     config = make_world(folder, str(folder / "tiny"))
     config = dataclasses.replace(config, engine=args.engine, steps=args.steps, save_every=2)
@@ -83,7 +85,7 @@ def main() -> None:
             if rng.random() < 0.5:
                 limit = rng.uniform(0.3, 1.0) * seconds[ranks]  # before that it is starting
             else:
-                point = rng.choice(list(POINTS))
+                point = next(points)
                 fault = [point, str(rng.randint(1, OFTEN.get(point, 2))), str(rng.randrange(ranks)), "kill"]
             resumed_at, begun = progress(out), time.monotonic()
             status = launch(ranks, out, flags, fault, limit)

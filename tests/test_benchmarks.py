@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from test_retriever import PASSAGES, write
+from test_train import command, torchrun
 from tiny import make_world
 
-import train
 from benchmarks import dense_memory, memory_7b
 from benchmarks import retriever as benchmark
 
@@ -141,7 +141,7 @@ def test_the_rollout_benchmark_runs_and_ends_in_the_ratios(model_folder):
 def test_the_train_step_benchmark_runs_on_what_a_run_recorded(model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(make_world(tmp_path, model_folder), samples_per_prompt=8, steps=2)
-    train.train(config, Path("run"), False, None)
+    assert torchrun(1, *command(config, "run")).returncode == 0
     found = last_line("train_step.py", "--model", model_folder, "--episodes", "run/trajectories.jsonl", "--repeats", 1)
     assert found["step / bare"][0] > 0 and found["unshared / bare"][0] > 0
 

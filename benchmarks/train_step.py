@@ -70,11 +70,10 @@ class Workload:
         while left:
             count = min(rows, left)
             left -= count
-            hidden = self.plain.base_model(
-                torch.randint(self.plain.config.vocab_size, (count, length)), use_cache=False
-            ).last_hidden_state
+            ids = torch.randint(len(head), (count, length))
+            hidden = self.plain.base_model(ids, use_cache=False).last_hidden_state
             chosen = torch.randint(count * length, (self.actions * count // len(self.episodes),))
-            targets = torch.randint(self.plain.config.vocab_size, chosen.shape)
+            targets = torch.randint(len(head), chosen.shape)
             token_log_probs(hidden.flatten(0, 1)[chosen], head, targets).sum().backward()
         self.plain.zero_grad(set_to_none=True)
         return self.tokens
@@ -92,10 +91,8 @@ class Workload:
     def head(self) -> float:
         """The share of `bare` that is the head's."""
         hidden = torch.randn(self.actions, self.plain.config.hidden_size, dtype=torch.bfloat16, requires_grad=True)
-        weight, targets = (
-            self.plain.get_output_embeddings().weight,
-            torch.randint(self.plain.config.vocab_size, (self.actions,)),
-        )
+        weight = self.plain.get_output_embeddings().weight
+        targets = torch.randint(len(weight), (self.actions,))
         ways = {"bare": self.bare, "head": lambda: token_log_probs(hidden, weight, targets).sum().backward() or self.tokens}
         rates = take_turns(ways, 1)
         return rates["bare"][0] / rates["head"][0]

@@ -16,7 +16,7 @@ from test_retriever import PASSAGES, write
 from test_train import command, torchrun
 from tiny import make_world
 
-from benchmarks import dense_memory, memory_7b
+from benchmarks import dense_memory, fake_step, memory_7b
 from benchmarks import retriever as benchmark
 
 ROOT = Path(__file__).parent.parent
@@ -98,14 +98,14 @@ def small_steps() -> list[tuple[dict[str, int], int, set[str]]]:
     found = []
     for name in ("as preset", "neither"):
         case = (SMALL, 8, 256, *memory_7b.CASES[name])
-        with memory_7b.training(nullcontext(), *case) as (*_, step):
+        with fake_step.training(nullcontext(), *case) as (*_, step):
             with AttentionOperators() as attention:
                 step()
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as run:
                 step()
         events = [event for event in run.profiler.kineto_results.events() if event.name() == "[memory]"]
         alive = np.cumsum([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())])
-        found.append((memory_7b.simulate(*case), int(alive.max()), attention.names))
+        found.append((fake_step.simulate(*case), int(alive.max()), attention.names))
     return found
 
 

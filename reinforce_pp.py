@@ -20,7 +20,7 @@ Masks are 1 on the tokens that the policy sampled. The batch is the whole batch 
 communicates.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import groupby
 
 import torch
@@ -34,14 +34,20 @@ ALGORITHMS = ("reinforce++", "reinforce++_baseline", "grpo")
 # Log-probabilities
 
 
+def chunks_of_logits(hidden: Tensor, weight: Tensor, temperature: float, chunk: int) -> Iterator[tuple[slice, Tensor]]:
+    """Each chunk of the N states and its logits (chunk, V), fp32: a buffer that the caller may write into."""
+    for start in range(0, len(hidden), chunk):
+        part = slice(start, start + chunk)
+        yield part, (hidden[part] @ weight.T).float().div_(temperature)
+
+
 class TokenLogProbs(torch.autograd.Function):
     """`token_log_probs`. A chunk's logits are one buffer, which becomes their softmax or their gradient in place."""
 
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, chunk: int) -> Tensor:
         log_probs, log_sums = (hidden.new_empty(len(targets), dtype=torch.float32) for _ in range(2))
-        for part in (slice(start, start + chunk) for start in range(0, len(targets), chunk)):
-            logits = (hidden[part] @ weight.T).float().div_(temperature)  # (chunk, V)
+        for part, logits in chunks_of_logits(hidden, weight, temperature, chunk):
             largest, chosen = logits.amax(-1), logits.gather(-1, targets[part, None])[:, 0]
             log_sums[part] = logits.sub_(largest[:, None]).exp_().sum(-1).log() + largest
             log_probs[part] = chosen - log_sums[part]
@@ -53,8 +59,7 @@ class TokenLogProbs(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         hidden, weight, targets, log_sums = ctx.saved_tensors
         grad_hidden, grad_weight, grad = torch.empty_like(hidden), torch.zeros_like(weight), grad / ctx.temperature
-        for part in (slice(start, start + ctx.chunk) for start in range(0, len(targets), ctx.chunk)):
-            logits = (hidden[part] @ weight.T).float().div_(ctx.temperature)
+        for part, logits in chunks_of_logits(hidden, weight, ctx.temperature, ctx.chunk):
             softmax = logits.sub_(log_sums[part, None]).exp_()
             grad_logits = softmax.mul_(-grad[part, None]).scatter_add_(-1, targets[part, None], grad[part, None])
             grad_logits = grad_logits.to(hidden.dtype)

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
 from faulty import POINTS
-from tiny import make_model, make_world, metrics_of
+from tiny import command, make_model, make_world, metrics_of
 
 import train
 
@@ -32,12 +33,13 @@ ROOT = Path(__file__).resolve().parent.parent
 OFTEN = {"rollout": 40, "weight sync": 60, "checkpoint synced": 8, "checkpoint written": 3}  # calls in two steps or so
 
 
-def launch(ranks: int, out: str, flags: list[str], fault: list[str] | None, limit: float | None) -> int:
+def launch(ranks: int, out: str, config: train.Config, fault: list[str] | None, limit: float | None) -> int:
     """Run train.py, with a fault inside or until all its processes are killed after `limit` seconds; the exit status."""
-    script = [str(ROOT / "train.py")] if fault is None else [str(ROOT / "tests" / "faulty.py"), *fault]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *script]
+    script, *flags = command(config, out, "--resume")
+    program = [script] if fault is None else [str(ROOT / "tests" / "faulty.py"), *fault]
+    arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *program, *flags]
     with open(f"{out}.log", "a") as log:
-        process = subprocess.Popen([*command, *flags, "--resume", "--out", out], stdout=log, stderr=log)
+        process = subprocess.Popen([sys.executable, *arguments], stdout=log, stderr=log)
         try:
             return process.wait(limit)
         except subprocess.TimeoutExpired:
@@ -62,8 +64,6 @@ def main() -> None:
     make_model(folder / "tiny")
     config = make_world(folder, str(folder / "tiny"))
     config = dataclasses.replace(config, engine=args.engine, steps=args.steps, save_every=2)
-    flags = [f"--{k}={v}" for k, v in dataclasses.asdict(config).items() if not isinstance(v, bool) and v != ""]
-    flags += ["--preset", "demo", "--stage", "2"]
     os.environ["OMP_NUM_THREADS"] = "1"
     os.chdir(folder)
 
@@ -73,7 +73,7 @@ def main() -> None:
     seconds, model = {}, {}
     for ranks in (1, 2):
         out, start = f"{folder}/unbroken{ranks}", time.monotonic()
-        assert launch(ranks, out, flags, None, None) == 0, Path(f"{out}.log").read_text()
+        assert launch(ranks, out, config, None, None) == 0, Path(f"{out}.log").read_text()
         seconds[ranks], model[ranks] = time.monotonic() - start, Path(out, "model/model.safetensors").read_bytes()
         tell({"ranks": ranks, "steps": args.steps, "seconds": round(seconds[ranks], 1)})
     while kills < args.kills:
@@ -88,7 +88,7 @@ def main() -> None:
                 point = next(points)
                 fault = [point, str(rng.randint(1, OFTEN.get(point, 2))), str(rng.randrange(ranks)), "kill"]
             resumed_at, begun = progress(out), time.monotonic()
-            status = launch(ranks, out, flags, fault, limit)
+            status = launch(ranks, out, config, fault, limit)
             logged = metrics_of(out)
             if status:
                 kills += 1
@@ -102,7 +102,7 @@ def main() -> None:
             equal &= good
             tell(row | {"equal": good})
     tell({"name": "all", "kills": kills, "runs": chains, "equal": equal})
-    subprocess.run(["rm", "-r", str(folder)], check=True)
+    shutil.rmtree(folder)
     sys.exit(0 if equal else 1)
 
 

@@ -1,6 +1,6 @@
 """Sampled tokens a second of the search loop, beside its limit and beside one barrier a turn.
 
-    python benchmarks/rollout.py --model demo/model --json
+    python benchmarks/rollout.py --model demo/stage1/model --json
 
 Every trajectory has a prompt of its own, turns of drawn lengths and a documents block after every turn but the last. Four
 ways make sequences of the same lengths with as many sampled tokens, and take turns, so that noise hits all alike:

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 import torch
 from test_retriever import PASSAGES, write
-from test_train import command, torchrun
-from tiny import make_world
+from tiny import command, make_world, torchrun
 
 from benchmarks import dense_memory, fake_step, memory_7b
 from benchmarks import retriever as benchmark

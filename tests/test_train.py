@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from gradients import make_episodes
-from tiny import make_world, metrics_of
+from tiny import command, make_world, metrics_of, torchrun
 
 import train
 from reward import TAGS
@@ -27,11 +27,6 @@ def world(tmp_path, model_folder, monkeypatch):
 @pytest.fixture
 def device():
     return train.start_distributed()
-
-
-def torchrun(ranks: int, *args: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -360,11 +355,6 @@ def test_no_key_of_the_environment_is_in_a_run_folder(world, monkeypatch, capfd)
 def test_tensorboard(world):
     train.train(dataclasses.replace(world, steps=1), Path("a"), False, "tensorboard")
     assert list(Path("a").glob("events.out.*"))
-
-
-def command(config: train.Config, out: str, *flags: str) -> list[str]:
-    given = [f"--{k}={v}" for k, v in dataclasses.asdict(config).items() if not isinstance(v, bool) and v != ""]
-    return [str(HERE.parent / "train.py"), "--preset", "demo", "--stage", "2", "--out", out, *given, *flags]
 
 
 def test_the_real_vllm_on_two_ranks_then_resumed_on_one(world, tmp_path):

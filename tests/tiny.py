@@ -1,6 +1,8 @@
 """A tiny world to train in: a model, questions, passages, a configuration; and what a run in it logged."""
 
+import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -98,3 +100,13 @@ def metrics_of(out) -> list[dict]:
     return [
         {k: v for k, v in row.items() if not k.startswith(("seconds", "peak")) and "per_second" not in k} for row in rows
     ]
+
+
+def command(config: train.Config, out: str, *flags: str) -> list[str]:
+    given = [f"--{k}={v}" for k, v in dataclasses.asdict(config).items() if not isinstance(v, bool) and v != ""]
+    return [train.__file__, "--preset", "demo", "--stage", "2", "--out", out, *given, *flags]
+
+
+def torchrun(ranks: int, *args: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *args]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)

@@ -70,16 +70,14 @@ def test_help(script):
 
 def test_every_metric_is_defined(model_folder, tmp_path, monkeypatch):
     """The README's table and a run's metrics.jsonl name the same things."""
+    import dataclasses
     import json
 
-    from tiny import TINY
+    from tiny import make_world
 
     monkeypatch.chdir(tmp_path)
-    Path("p.txt").write_text("Question: {question}\n<think>")
-    Path("q.jsonl").write_text('{"id": 1, "question": "who is 1?", "answers": ["b"]}\n')
-    Path("c.jsonl").write_text('{"id": 1, "title": "T", "text": "words"}\n')
-    files = {"model": model_folder, "questions": "q.jsonl", "eval_questions": "q.jsonl", "retriever": "c.jsonl"}
-    train.train(train.Config(**{**TINY, **files, "steps": 1, "eval_every": 1}), Path("run"), False, None)
+    world = dataclasses.replace(make_world(tmp_path, model_folder), steps=1, eval_every=1, eval_questions="q.jsonl")
+    train.train(world, Path("run"), False, None)
     logged = {re.sub(r"^eval_.*", "eval_...", name) for name in json.loads(Path("run/metrics.jsonl").read_text())}
     logged = {re.sub(r"^failed_.*", "failed_RULE", name) for name in logged}
     section = README.split("## Metrics")[1].split("\n## ")[0]

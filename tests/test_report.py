@@ -209,16 +209,14 @@ def test_contrast():
 
 
 def test_a_real_training_run(tmp_path, model_folder, monkeypatch):
-    from tiny import TINY
+    import dataclasses
+
+    from tiny import make_world
 
     import train
 
     monkeypatch.chdir(tmp_path)
-    Path("p.txt").write_text("Question: {question}\n<think>")
-    Path("q.jsonl").write_text('{"id": 1, "question": "who is 1?", "answers": ["b"]}\n')
-    Path("c.jsonl").write_text('{"id": 1, "title": "T", "text": "words"}\n')
-    files = {"model": model_folder, "questions": "q.jsonl", "retriever": "c.jsonl"}
-    train.train(train.Config(**{**TINY, **files, "steps": 2}), Path("run"), False, None)
+    train.train(dataclasses.replace(make_world(tmp_path, model_folder), steps=2), Path("run"), False, None)
     (run,) = report(Path("r.html"), Path("run"))["runs"]
     assert [row["step"] for row in run["metrics"]] == [1, 2] and {t["step"] for t in run["trajectories"]} == {1, 2}
     assert run["total"] == len(run["trajectories"]) == 8 and all(

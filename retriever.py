@@ -410,21 +410,24 @@ def read_hit(hit: dict) -> Passage:
 
 WAITS = (0, 1, 2, 4, 8, 16)  # seconds before a request is sent again
 TIMEOUT = (5, 60)  # seconds to connect, and without a byte of the answer
+ANSWER_SECONDS, ANSWER_BYTES = 120, 256 << 20  # of the body of an answer
 GIVE_UP = 300  # seconds after which a request is not sent again, however long the server asks to wait
 
 
 def fetch(session, method: str, url: str, turn: Callable[[], None] = lambda: None, **request) -> dict:
     """The JSON that a server answers, of whom much is forgiven: silence, half an answer, 429 and 5xx are tried again.
 
-    `turn` is called before each try. None begins later than GIVE_UP seconds after the first; each takes what TIMEOUT allows.
+    `turn` is called before each try. None begins later than GIVE_UP seconds after the first; each takes what TIMEOUT and
+    ANSWER_SECONDS allow.
 
     Raises:
         RuntimeError: after the last try, in one line without the request's headers.
     """
     import requests
+    import urllib3
 
-    def said(response) -> str:
-        text = response.text
+    def said(body: bytes) -> str:
+        text = body.decode("utf-8", "replace")
         for value in request.get("headers", {}).values():  # a server may quote the key that it refuses
             text = text.replace(value.removeprefix("Bearer "), "***")
         return repr(text[:200])
@@ -433,22 +436,35 @@ def fetch(session, method: str, url: str, turn: Callable[[], None] = lambda: Non
     for wait in (*WAITS, None):
         turn()
         try:
-            response = session.request(method, url, timeout=TIMEOUT, **request)
+            with session.request(method, url, timeout=TIMEOUT, stream=True, **request) as response:
+                body = read_body(response.raw)
             if response.status_code == 200:
-                return response.json()
-            failure = f"status {response.status_code}: {said(response)}"
+                return json.loads(body)
+            failure = f"status {response.status_code}: {said(body)}"
             if response.status_code not in (429, 500, 502, 503, 504):
                 break
             after = response.headers.get("Retry-After", "")
             wait = max(wait, min(int(after), 60)) if wait is not None and after.isdigit() else wait
-        except (requests.exceptions.JSONDecodeError, RecursionError):
-            failure = f"not JSON: {said(response)}"
-        except requests.exceptions.RequestException as error:
+        except TimeoutError as error:
+            failure = f"no answer ({error})"
+        except (requests.exceptions.RequestException, urllib3.exceptions.HTTPError) as error:
             failure = f"no answer ({type(error).__name__})"
+        except (ValueError, RecursionError):
+            failure = f"not JSON: {said(body)}"
         if wait is None or time.monotonic() + wait > begin + GIVE_UP:
             break
         time.sleep(wait)
     raise RuntimeError(f"{url}: {failure}")
+
+
+def read_body(raw) -> bytes:
+    """Read piece by piece: TIMEOUT bounds each wait for one, and bytes that come one by one would keep it for ever."""
+    body, begin = bytearray(), time.monotonic()
+    while piece := raw.read1(1 << 20, decode_content=True):
+        body += piece
+        if len(body) > ANSWER_BYTES or time.monotonic() > begin + ANSWER_SECONDS:
+            raise TimeoutError(f"not whole within {ANSWER_SECONDS} s and {ANSWER_BYTES} bytes")
+    return bytes(body)
 
 
 @contextmanager

@@ -1,5 +1,7 @@
 """Search over HTTP: the server in its three shapes, the client against servers that misbehave, web search."""
 
+import contextlib
+import gzip
 import json
 import re
 import signal
@@ -302,7 +304,23 @@ def sleep(handler):
     time.sleep(1.0)
 
 
-HANGS_UP, RESETS, SLEEPS = (hang_up, b"", {}), (reset, b"", {}), (sleep, b"", {})
+def drip(handler):
+    """A byte now and then, so that no single wait is long."""
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n")
+    with contextlib.suppress(OSError):
+        for _ in range(100):
+            handler.wfile.write(b" ")
+            time.sleep(0.05)
+
+
+def flood(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 50000000\r\n\r\n")
+    with contextlib.suppress(OSError):
+        for _ in range(50):
+            handler.wfile.write(b" " * 1_000_000)
+
+
+HANGS_UP, RESETS, SLEEPS, DRIPS, FLOODS = ((behave, b"", {}) for behave in (hang_up, reset, sleep, drip, flood))
 HALF, NESTED = (200, b'{"results": [[{"id"', {}), (200, b"[" * 100_000, {})
 GOOD = (200, json.dumps({"results": [[PASSAGES[0]]]}).encode(), {})
 
@@ -314,11 +332,13 @@ GOOD = (200, json.dumps({"results": [[PASSAGES[0]]]}).encode(), {})
         (500, b"", {}),
         (429, b"", {"Retry-After": 0}),
         (200, b"{}", {"Content-Length": 50}),
-        *(HANGS_UP, RESETS, SLEEPS, HALF, NESTED),
+        *(HANGS_UP, RESETS, SLEEPS, DRIPS, FLOODS, HALF, NESTED),
     ],
 )
 def test_the_client_tries_again(misbehaving, monkeypatch, failure):
     monkeypatch.setattr(retriever, "TIMEOUT", (5, 0.3))
+    monkeypatch.setattr(retriever, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(retriever, "ANSWER_BYTES", 1_000_000)
     misbehaving.answers.extend([failure, failure, GOOD])
     assert Remote(misbehaving.url).search(["x"], 1) == [[PASSAGES[0]]]
     assert len(misbehaving.seen) == 3
@@ -331,6 +351,8 @@ def test_the_client_tries_again(misbehaving, monkeypatch, failure):
         ((422, b"no", {}), "status 422: 'no'"),
         (HANGS_UP, "no answer (ConnectionError)"),
         (RESETS, "no answer ("),
+        (DRIPS, "no answer (not whole within"),
+        (FLOODS, "no answer (not whole within"),
         (HALF, """not JSON: '{"results": [[{"id"'"""),
         ((200, b"<html>", {}), "not JSON: '<html>'"),
         ((200, b'{"results": [[{"id": 1}]]}', {}), "another shape"),
@@ -338,7 +360,9 @@ def test_the_client_tries_again(misbehaving, monkeypatch, failure):
         ((200, b"[]", {}), "another shape"),
     ],
 )
-def test_after_the_last_try_there_is_one_clear_line(misbehaving, answer, message):
+def test_after_the_last_try_there_is_one_clear_line(misbehaving, monkeypatch, answer, message):
+    monkeypatch.setattr(retriever, "ANSWER_SECONDS", 0.3)
+    monkeypatch.setattr(retriever, "ANSWER_BYTES", 1_000_000)
     misbehaving.answers.append(answer)
     with pytest.raises(RuntimeError) as error:
         Remote(misbehaving.url).search(["x"], 1)
@@ -404,6 +428,20 @@ def test_what_the_server_does_is_counted_and_the_episode_goes_on(
     episode, _ = play([ASK, TELL], search=Remote(misbehaving.url).search)
     assert (episode.search_failures, episode.queries, episode.finish_reason) == (failures, ["red harbor"], "answer")
     assert documents in episode.segments[2][1]
+
+
+def chunk_and_compress(handler):
+    handler.wfile.write(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nContent-Encoding: gzip\r\n\r\n")
+    for byte in gzip.compress(GOOD[1]):
+        handler.wfile.write(b"1\r\n" + bytes([byte]) + b"\r\n")
+    handler.wfile.write(b"0\r\n\r\n")
+
+
+def test_an_answer_may_come_compressed_and_in_chunks(misbehaving):
+    """As from web search services."""
+    misbehaving.answers.append((chunk_and_compress, b"", {}))
+    assert Remote(misbehaving.url).search(["x"], 1) == [[PASSAGES[0]]]
+    assert len(misbehaving.seen) == 1
 
 
 def test_nobody_listens():

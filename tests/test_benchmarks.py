@@ -15,7 +15,7 @@ import torch
 from test_retriever import PASSAGES, write
 from tiny import command, make_world, torchrun
 
-from benchmarks import dense_memory, fake_step, memory_7b
+from benchmarks import dense_memory, fake_step, memory_7b, soak
 from benchmarks import retriever as benchmark
 
 ROOT = Path(__file__).parent.parent
@@ -135,6 +135,13 @@ def test_the_rollout_benchmark_runs_and_ends_in_the_ratios(model_folder):
     (found,) = last_line("rollout.py", "--model", model_folder, "--cells", 1, "--repeats", 1).values()
     assert set(found) == {"ours / bare", "eager / bare", "ours / eager", "ours / barrier"}
     assert all(len(ratio) == 3 and min(ratio) > 0 for ratio in found.values())
+
+
+def test_the_soak_benchmark_watches_a_server_under_load(tmp_path):
+    write(tmp_path / "passages.jsonl", PASSAGES)
+    found = last_line("soak.py", "serve", "--demo", tmp_path, "--minutes", 0.1, "--settle", 0.02)
+    assert found.pop("what") == "serve" and found.keys() == soak.describe([(1.0, 1, 1)]).keys()
+    assert all(0.5 < growth < 2 for growth in found.values())
 
 
 def test_the_train_step_benchmark_runs_on_what_a_run_recorded(model_folder, tmp_path, monkeypatch):

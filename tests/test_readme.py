@@ -59,7 +59,8 @@ def test_there_are_commands():
 
 
 SCRIPTS = ["train.py", "evaluate.py", "data_prep.py", "retriever.py"]
-SCRIPTS += [f"benchmarks/{name}.py" for name in ("retriever", "rollout", "train_step", "trl_step", "difficulty", "faults")]
+BENCHMARKS = "retriever rollout train_step trl_step log_probs difficulty faults soak"
+SCRIPTS += [f"benchmarks/{name}.py" for name in BENCHMARKS.split()]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

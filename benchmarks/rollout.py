@@ -2,8 +2,9 @@
 
     python benchmarks/rollout.py --model demo/stage1/model --json
 
-Every trajectory has a prompt of its own, turns of drawn lengths and a documents block after every turn but the last. Four
-ways make sequences of the same lengths with as many sampled tokens, and take turns, so that noise hits all alike:
+Every trajectory has a prompt of its own, turns of drawn lengths and a documents block after every turn but the last, all as
+long as the demo's. Four ways make sequences of the same lengths with as many sampled tokens, and take turns, so that noise
+hits all alike:
 
     ours      rollout.Rollout over vLLM; results rejoin at a fixed engine step, so that a run repeats bit for bit
     eager     the same, but results rejoin as soon as they arrive
@@ -25,7 +26,7 @@ from benchmarks.timing import arguments, compare, take_turns
 from reward import TAGS
 from rollout import Completion, Episode, Limits, Rollout, VLLMEngine
 
-PROMPT, TURN, PASSAGE = 64, (8, 32), 32  # tokens, bounds of a turn's tokens, words
+PROMPT, TURN, PASSAGE = 236, (11, 48), 20  # tokens, bounds of a turn's tokens, words: those of the demo's stage 1
 # (trajectories, searches, latency in ms), each varied around the first
 GRID = [(64, 2, 50), (64, 2, 200), (64, 2, 0), (64, 0, 50), (64, 1, 50), (64, 4, 50), (16, 2, 50), (256, 2, 50)]
 

@@ -13,6 +13,7 @@ How it departs from the textbook policy-gradient loop:
 """
 
 import argparse
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -53,7 +54,7 @@ MAY_CHANGE = (  # on --resume: they change no number but for rounding
     *("steps", "save_every", "eval_every", "eval_questions"),
     *("micro_batch_tokens", "gradient_checkpointing", "cpu_offload", "gpu_memory_utilization"),
 )
-START = {"step": 0, "updates": 0}  # the progress of a run that has not begun
+START = {"step": 0, "updates": 0, "bad_in_a_row": 0}  # the progress of a run that has not begun
 
 
 def option(default, text: str, choices=None):
@@ -224,7 +225,8 @@ def shard(lm: nn.Module, config: Config, device: torch.device, frozen: bool = Fa
     )
     for layer in lm.base_model.layers:
         fully_shard(layer, **settings)
-    return fully_shard(policy, **settings)
+    # embeddings and head, which belong to no layer, stay gathered for the backward pass; a frozen model has none
+    return fully_shard(policy, **settings, reshard_after_forward=frozen or None)
 
 
 def whole_parameters(policy: Policy) -> Iterator[tuple[str, Tensor]]:
@@ -328,7 +330,7 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, dict]:
         try:
             progress = json.loads((path / "progress.json").read_text())
             if all(digest(path / name) == value for name, value in progress["digests"].items()):
-                return path, progress
+                return path, START | progress  # START: of what an older version did not note
         except (OSError, ValueError, KeyError):
             pass
         print(f"train.py: {path} is damaged and is passed over", file=sys.stderr)
@@ -385,14 +387,17 @@ def roll_out(rollout: Rollout, encode: Callable, questions: list[dict], config: 
     return [episode for rank, start in groups for episode in shares[rank][start : start + samples]]
 
 
-def optimize(batch: Batch, policy: nn.Module, reference: nn.Module | None, optimizer) -> dict[str, float]:
+def optimize(
+    batch: Batch, policy: nn.Module, reference: nn.Module | None, optimizer: torch.optim.Optimizer, bad_in_a_row: int = 0
+) -> dict[str, float]:
     """`updates_per_rollout` optimiser steps on one rollout batch; the metrics, alike on every rank.
 
-    A gradient that is not finite skips its update on all ranks alike and is counted.
+    A gradient that is not finite skips its update on all ranks alike and is counted; `bad_in_a_row`: those just before.
     """
     batch.prepare(policy, reference)
     groups, samples = batch.rewards.shape
-    metrics, totals = Counter(updates=0, bad_updates=0, grad_norm=0.0), torch.zeros(4, device=batch.device)
+    metrics = Counter(updates=0, bad_updates=0, bad_in_a_row=bad_in_a_row, grad_norm=0.0)
+    totals = torch.zeros(4, device=batch.device)
     for update in range(batch.config.updates_per_rollout):
         members = range(update, groups, batch.config.updates_per_rollout)  # the order of the batch is random already
         chosen = [group * samples + sample for group in members for sample in range(samples)]
@@ -402,9 +407,9 @@ def optimize(batch: Batch, policy: nn.Module, reference: nn.Module | None, optim
         grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM).full_tensor().item()
         if math.isfinite(grad_norm):
             optimizer.step()
-            metrics.update(updates=1, grad_norm=grad_norm)
+            metrics.update(updates=1, grad_norm=grad_norm, bad_in_a_row=-metrics["bad_in_a_row"])
         else:
-            metrics.update(bad_updates=1)
+            metrics.update(bad_updates=1, bad_in_a_row=1)
         optimizer.zero_grad(set_to_none=True)
     dist.all_reduce(totals)
     clipped, gap, kl, _ = (totals / totals[3:].clamp(min=1)).tolist()
@@ -496,13 +501,13 @@ class Trainer:
         self.sampling = Rollout(self.engine, tokenizer, search, TAGS, limits, repeatable)
         self.greedy = Rollout(self.engine, tokenizer, search, TAGS, dataclasses.replace(limits, temperature=0.0), repeatable)
 
-    def iterate(self, step: int) -> tuple[dict[str, float], list[Episode]]:
-        """Sync, roll out, judge, update; the step's metrics and episodes, alike on every rank."""
-        config, seconds = self.config, {}
+    def iterate(self, progress: dict[str, int]) -> tuple[dict[str, float], list[Episode]]:
+        """Sync, roll out, judge, update; the next step's metrics and episodes, alike on every rank."""
+        config, step, seconds = self.config, progress["step"], {}
 
-        def timed(phase: str, work: Callable):
+        def timed(phase: str, work: Callable, *arguments):
             start = time.perf_counter()
-            result = work()
+            result = work(*arguments)
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             seconds[f"seconds_{phase}"] = time.perf_counter() - start
@@ -510,7 +515,7 @@ class Trainer:
 
         timed("sync", self.sync)
         chosen = questions_of_step(self.questions, step, config.prompts_per_step, config.seed)
-        episodes = timed("rollout", lambda: roll_out(self.sampling, self.encode, chosen, config, step))
+        episodes = timed("rollout", roll_out, self.sampling, self.encode, chosen, config, step)
         metrics = {"step": step + 1} | summarize([record(episode) for episode in episodes])
         if metrics["search_failures"] > MAX_SEARCH_FAILURES:
             raise RuntimeError(f"{metrics['search_failures']:.0%} of the searches failed: {self.sampling.search_error!r}")
@@ -518,13 +523,15 @@ class Trainer:
             metrics |= timed("eval", self.evaluate)
         self.engine.sleep()
         batch = Batch(episodes, config, self.device, dist.get_rank(), dist.get_world_size(), dist.all_reduce)
-        metrics |= timed("train", lambda: optimize(batch, self.policy, self.reference, self.optimizer))
+        bad_in_a_row = progress["bad_in_a_row"]
+        metrics |= timed("train", optimize, batch, self.policy, self.reference, self.optimizer, bad_in_a_row)
         sampled = int(batch.action_mask.sum())
         metrics["rollout_tokens_per_second"] = sampled / seconds["seconds_rollout"]
         metrics["train_tokens_per_second"] = metrics["trained_tokens"] / seconds["seconds_train"]
         return metrics | {"peak_memory_gib": peak_memory_gib()} | seconds, episodes
 
     def sync(self) -> None:
+        give_back(self.device)
         self.engine.wake_up()
         self.engine.load_weights(whole_parameters(self.policy))
 
@@ -552,23 +559,32 @@ def train(config: Config, out: Path, resume: bool, log: str | None) -> None:
     if path is not None:
         load_checkpoint(path, trainer.policy, trainer.optimizer, progress)
     run.begin(progress["step"])
-    bad_in_a_row = 0
     start = progress["step"]
     for step in tqdm(range(start, config.steps), "steps", config.steps, initial=start, disable=not run.writes):
-        metrics, episodes = trainer.iterate(step)
+        metrics, episodes = trainer.iterate(progress)
         run.log(metrics)
         first_group = episodes[: config.samples_per_prompt]
         run.append("trajectories.jsonl", [{"step": step + 1} | dataclasses.asdict(e) for e in first_group])
         shown = ("reward", "search_rate", "format_rate", "f1", "grad_norm")
         run.say(f"step {step + 1:4d}  " + "  ".join(f"{name} {metrics[name]:.3f}" for name in shown))
-        bad_in_a_row = bad_in_a_row + metrics["bad_updates"] if metrics["bad_updates"] else 0
-        if bad_in_a_row >= MAX_BAD_STEPS:
-            raise RuntimeError(f"step {step + 1}: {bad_in_a_row} updates in a row had a gradient that is not finite")
-        progress = {"step": step + 1, "updates": progress["updates"] + metrics["updates"]}
+        if (bad := metrics["bad_in_a_row"]) >= MAX_BAD_STEPS:
+            raise RuntimeError(f"step {step + 1}: {bad} updates in a row had a gradient that is not finite")
+        progress = {"step": step + 1, "updates": progress["updates"] + metrics["updates"], "bad_in_a_row": bad}
         if step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
             save_checkpoint(out / "checkpoints", trainer.policy, trainer.optimizer, progress)
     export(trainer.policy, config.model, out / "model")
     run.say(f"model: {out / 'model'}\nmetrics: {out / 'metrics.jsonl'}")
+
+
+def give_back(device: torch.device) -> None:
+    """Return what training freed: to the GPU, whose memory the engine takes next, or to the system.
+
+    On a CPU glibc keeps freed memory as long as anything lies above it, and a run would grow from step to step.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        getattr(ctypes.CDLL(None), "malloc_trim", lambda keep: None)(0)  # glibc's alone
 
 
 def peak_memory_gib() -> float:

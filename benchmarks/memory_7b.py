@@ -38,8 +38,7 @@ def row(name: str, ranks: int, context: int, case: str) -> dict:
     """The peak of training, what is there while the engine is awake (both in GB), and ratios of simulated to computed."""
     (preset, *shape), found = MODELS[name], simulate(MODELS[name], ranks, context, *CASES[case])
     config, count, head = train.Config(**train.PRESETS[preset][1]), parameter_count(*shape), 2 * shape[1] * shape[2]  # bf16
-    # a reference is frozen in bf16, and FSDP leaves gathered what belongs to no layer: embeddings and head
-    found["reference"] = (2 * count / ranks + 2 * head) * (config.kl_coef > 0)
+    found["reference"] = 2 * count / ranks * (config.kl_coef > 0)  # frozen in bf16, its passes before those that train
     found["total"] += found["reference"]
     found["engine"] = config.gpu_memory_utilization * CARD  # its weights and KV cache
     resident = sum(found[kind] for kind in ("parameters", "optimizer", "reference", "engine"))

@@ -1,6 +1,9 @@
 """The loop: configuration, gradients on one and two ranks, metrics, checkpoints, resume, export."""
 
 import dataclasses
+import math
+import os
+import platform
 import subprocess
 import sys
 import time
@@ -184,6 +187,47 @@ def test_a_gradient_that_is_not_finite_skips_the_update(world, device):
     metrics = train.optimize(train.Batch(episodes, config, device), policy, None, optimizer)
     assert (metrics["updates"], metrics["bad_updates"]) == (0, 1)
     assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+
+
+def test_bad_updates_in_a_row_stop_the_run_and_are_counted_across_batches_and_resumes(world, monkeypatch):
+    """The count began anew with every resume, and a good update within a batch did not end it."""
+    clip, nan = train.nn.utils.clip_grad_norm_, math.nan
+    norms = [1, nan, 1, nan, nan, 1, 1, nan, nan, nan, nan, nan]
+    monkeypatch.setattr(train.nn.utils, "clip_grad_norm_", lambda *args: clip(*args) * norms.pop(0))
+    config = dataclasses.replace(world, kl_coef=1e-9, updates_per_rollout=3)  # with a reference every update takes place
+    train.train(config, Path("a"), False, None)
+    with pytest.raises(RuntimeError, match="step 4: 5 updates in a row"):
+        train.train(dataclasses.replace(config, steps=4), Path("a"), True, None)
+    assert [(row["bad_updates"], row["bad_in_a_row"]) for row in metrics_of("a")] == [(1, 0), (2, 0), (2, 2), (3, 5)]
+    assert train.newest_checkpoint(Path("a/checkpoints"))[1]["step"] == 3
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Memory
+
+
+def test_a_frozen_model_keeps_nothing_gathered(world, device):
+    """Its embeddings and head, 2 GB of Llama's, stayed on every GPU."""
+    from torch.distributed.tensor import DTensor
+
+    reference = train.load_policy(world, device, frozen=True)
+    config = dataclasses.replace(world, samples_per_prompt=3)
+    train.Batch(make_episodes(1, 3), config, device).log_probs(reference, [0, 1, 2])
+    assert all(isinstance(parameter, DTensor) for parameter in reference.parameters())
+
+
+def resident_mib() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps its own counsel")
+def test_what_training_freed_goes_back_to_the_system(device):
+    """A block that stays keeps all that was freed below it."""
+    blocks = [bytearray(100_000) for _ in range(3000)]
+    full, last = resident_mib(), blocks[-1]
+    del blocks
+    train.give_back(device)
+    assert resident_mib() < full - 200 and len(last) == 100_000
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -187,10 +187,7 @@ def model_fingerprint(model: str) -> str:
         folder = Path(cached_file(model, "config.json")).parent
     except (OSError, ValueError):
         raise FileNotFoundError(f"{model}: neither a model folder nor a model of the hub (--model)") from None
-    if not Path(model).is_dir():
-        return folder.name
-    files = sorted(file for file in folder.iterdir() if file.is_file())
-    return hashlib.sha256("".join(f"{file.name} {fingerprint(file)}\n" for file in files).encode()).hexdigest()
+    return fingerprint(folder) if Path(model).is_dir() else folder.name
 
 
 def commit() -> str:

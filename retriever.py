@@ -101,7 +101,10 @@ def write_jsonl(path: Path, records: list[dict]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write beside and rename, so that a file that exists is whole."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    with open(partial, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())  # a rename may else survive a power cut that what it names does not
     partial.rename(path)
 
 
@@ -163,6 +166,9 @@ def texts(answers: str | bool | list | None) -> list[str]:
     return [("no", "yes")[a] if isinstance(a, bool) else str(a).strip() for a in answers if a is not None]
 
 
+MAX_QUESTION = 100_000  # characters: each of its samples holds its tokens, and each tensor of the batch is as wide
+
+
 def read_questions(path: str | Path) -> list[dict]:
     """Questions as `{"id", "question", "answers", "dataset"}`; errors as in `read_jsonl`.
 
@@ -174,6 +180,8 @@ def read_questions(path: str | Path) -> list[dict]:
         question, answers = record["question"].strip(), texts(record["answers"] if "answers" in record else record["answer"])
         if not question or not any(answers):
             raise ValueError("a question without text or answer")
+        if len(question) > MAX_QUESTION:
+            raise ValueError(f"a question of {len(question)} characters, of at most {MAX_QUESTION}")
         if not (isinstance(name, str | int) and isinstance(dataset, str)):
             raise ValueError("id must be a string or a number, dataset a string")
         answers = [clean(a) for a in answers if a]
@@ -408,7 +416,7 @@ def read_hit(hit: dict) -> Passage:
     return parse_passage(hit) | ({"score": float(hit["score"])} if hit.get("score") is not None else {})
 
 
-WAITS = (0, 1, 2, 4, 8, 16)  # seconds before a request is sent again
+WAITS = (0, 1, 2, 4, 8, 16, 32)  # seconds before a request is sent again
 TIMEOUT = (5, 60)  # seconds to connect, and without a byte of the answer
 ANSWER_SECONDS, ANSWER_BYTES = 120, 256 << 20  # of the body of an answer
 GIVE_UP = 300  # seconds after which a request is not sent again, however long the server asks to wait
@@ -432,7 +440,7 @@ def fetch(session, method: str, url: str, turn: Callable[[], None] = lambda: Non
             text = text.replace(value.removeprefix("Bearer "), "***")
         return repr(text[:200])
 
-    begin = time.monotonic()
+    begin, body = time.monotonic(), b""
     for wait in (*WAITS, None):
         turn()
         try:
@@ -569,6 +577,10 @@ SMALL = 2000  # passages that rank-bm25 holds without being slow (it takes about
 
 
 def fingerprint(path: str | Path) -> str:
+    """SHA-256 of a file, or of the names and fingerprints of the files in a folder."""
+    if Path(path).is_dir():
+        files = sorted(file for file in Path(path).iterdir() if file.is_file())
+        return hashlib.sha256("".join(f"{file.name} {fingerprint(file)}\n" for file in files).encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

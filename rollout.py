@@ -128,6 +128,7 @@ def prompt_encoder(tokenizer, template: list[tuple[str, str]]) -> Callable[[str]
 
 
 REJOIN_AFTER = 4  # engine steps: they hide the latency of most retrievers, and cost a trajectory few of its hundreds
+LOOKUPS = 4  # at a time; what is asked meanwhile goes together into the next, so that a retriever in trouble is spared
 
 
 class Rollout:
@@ -152,7 +153,7 @@ class Rollout:
         # there changes the word that it hits, which in text lies far behind them: words have a few characters, the longest
         # token over a hundred. The rest of a passage of megabytes would be tokenised for seconds to be thrown away.
         self._characters = limits.max_document_tokens * max(map(len, tokenizer.get_vocab()))
-        self._pool = ThreadPoolExecutor(max_workers=4, thread_name_prefix="search")
+        self._pool = ThreadPoolExecutor(max_workers=LOOKUPS, thread_name_prefix="search")
 
     def run(self, episodes: Iterable[Episode | None], max_running: int = 256) -> Iterator[Episode]:
         """Yield each episode as it finishes. `episodes` is read lazily: at most `max_running` are under way.
@@ -161,16 +162,17 @@ class Rollout:
         """
         waiting = iter(episodes)
         decoding: dict[int, Episode] = {}  # by key
-        searching: dict[Future, tuple[int, list[Episode]]] = {}  # with the engine step of the queries, in its order
+        asking: list[Episode] = []  # those whose queries wait for a place among the lookups
+        searching: dict[Future, tuple[int, list[Episode]]] = {}  # with the engine step of the lookup, in its order
         key = steps = 0
         while True:
-            places = max_running - len(decoding) - sum(len(asking) for _, asking in searching.values())
+            places = max_running - len(decoding) - len(asking) - sum(len(asked) for _, asked in searching.values())
             ready = [episode for episode in islice(waiting, places) if episode is not None]
             for episode in ready:
                 episode.add("prompt", episode.prompt_ids, self.tokenizer.decode(episode.prompt_ids))
             for future in self._arrived(searching, steps, idle=not decoding and not ready):
-                _, asking = searching.pop(future)
-                for episode, (documents, failed) in zip(asking, future.result(), strict=True):
+                _, asked = searching.pop(future)
+                for episode, (documents, failed) in zip(asked, future.result(), strict=True):
                     episode.add("documents", documents, self.tokenizer.decode(documents))
                     episode.search_failures += failed
                     ready.append(episode)
@@ -180,17 +182,18 @@ class Rollout:
                     decoding[key] = episode
                 else:
                     yield episode
-            if not (decoding or searching or ready):
+            if not (decoding or asking or searching or ready):
                 return
-            asking, steps = [], steps + 1
+            steps += 1
             for completion in self.engine.step() if decoding else []:
                 episode = decoding.pop(completion.key)
                 if self._absorb(episode, completion):
                     asking.append(episode)
                 else:
                     yield episode
-            if asking:  # queries that are ready together go as one batch
+            if asking and len(searching) < LOOKUPS:  # queries that are ready together go as one batch
                 searching[self._pool.submit(self._look_up, [e.queries[-1] for e in asking])] = steps, asking
+                asking = []
 
     def _arrived(self, searching: dict[Future, tuple[int, list[Episode]]], steps: int, idle: bool) -> list[Future]:
         """The lookups whose results rejoin now; at least one if the engine is idle. Those not done are waited for."""
@@ -284,6 +287,7 @@ class VLLMEngine:
 
         self.llm = LLM(
             model=model,
+            load_format="safetensors",  # never a pickle
             dtype=dtype,
             max_model_len=max_context,
             gpu_memory_utilization=gpu_memory_utilization,
@@ -353,7 +357,8 @@ class TransformersEngine:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.torch = torch
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+        dtype = getattr(torch, dtype)
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, use_safetensors=True).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         eos = self.model.generation_config.eos_token_id
         self.eos = set(eos if isinstance(eos, list) else [eos])

@@ -15,7 +15,7 @@ How it departs from the textbook policy-gradient loop:
 import argparse
 import ctypes
 import dataclasses
-import hashlib
+import fcntl
 import json
 import math
 import os
@@ -27,7 +27,9 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import groupby
 from pathlib import Path
 
@@ -38,7 +40,7 @@ from tqdm import tqdm
 
 from evaluate import answer, grade, record, summarize
 from reinforce_pp import ALGORITHMS, Batch, Policy
-from retriever import open_retriever, read_questions, user_errors, whole, write_jsonl, write_text
+from retriever import fingerprint, open_retriever, read_questions, user_errors, whole, write_jsonl, write_text
 from reward import PROMPTS, REWARDS, TAGS, load_prompt
 from rollout import Episode, Limits, Rollout, derive_seed, make_engine, prompt_encoder
 
@@ -50,11 +52,13 @@ ADAM_BETAS = (0.9, 0.95)  # likewise
 MAX_BAD_STEPS = 3  # updates in a row with a gradient that is not finite before the run stops
 MAX_SEARCH_FAILURES = 0.2  # share of a batch's queries that may fail before the run stops
 KEEP_CHECKPOINTS = 2
+STEP_OF_MODEL = "nanosearcher_step.txt"  # in an exported folder: which of the run's steps it is of
 MAY_CHANGE = (  # on --resume: they change no number but for rounding
     *("steps", "save_every", "eval_every", "eval_questions"),
     *("micro_batch_tokens", "gradient_checkpointing", "cpu_offload", "gpu_memory_utilization"),
 )
 START = {"step": 0, "updates": 0, "bad_in_a_row": 0}  # the progress of a run that has not begun
+SLOWEST = timedelta(hours=3)  # that a rank's rollout may take longer than another's; a rank that dies ends all at once
 
 
 def option(default, text: str, choices=None):
@@ -190,9 +194,9 @@ def start_distributed() -> torch.device:
         os.environ.setdefault(name, value)
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl")
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=SLOWEST)
         return torch.device("cuda")
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=SLOWEST)
     return torch.device("cpu")
 
 
@@ -200,7 +204,8 @@ def load_policy(config: Config, device: torch.device, frozen: bool = False) -> P
     """The model of `config`, sharded: fp32 parameters, bf16 if frozen."""
     from transformers import AutoModelForCausalLM
 
-    lm = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.bfloat16 if frozen else torch.float32)
+    dtype = torch.bfloat16 if frozen else torch.float32
+    lm = AutoModelForCausalLM.from_pretrained(config.model, dtype=dtype, use_safetensors=True)  # never a pickle
     rescaling = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
     head_bias = getattr(lm.get_output_embeddings(), "bias", None)
     if head_bias is not None or any(getattr(lm.config, name, None) for name in rescaling):
@@ -235,8 +240,8 @@ def whole_parameters(policy: Policy) -> Iterator[tuple[str, Tensor]]:
         yield name, parameter.detach().bfloat16().full_tensor()
 
 
-def export(policy: Policy, model: str, out: Path) -> None:
-    """Write a Hugging Face folder that transformers and vLLM load as it is."""
+def export(policy: Policy, model: str, out: Path, step: int) -> None:
+    """Write a Hugging Face folder that transformers and vLLM load as it is; it is there as a whole or not at all."""
     from transformers import AutoTokenizer
 
     state = {}
@@ -244,13 +249,18 @@ def export(policy: Policy, model: str, out: Path) -> None:
         if dist.get_rank() == 0:
             state[name] = tensor.cpu()
     if dist.get_rank() == 0:
-        partial = out.with_suffix(".partial")
-        policy.lm.save_pretrained(partial, state_dict=state)
-        policy.lm.config.dtype = "bfloat16"  # save_pretrained names that of the fp32 parameters
-        policy.lm.config.save_pretrained(partial)
-        AutoTokenizer.from_pretrained(model).save_pretrained(partial)
-        shutil.rmtree(out, ignore_errors=True)
+        partial, old = out.with_suffix(".partial"), out.with_suffix(".old")
+        with writing(partial):
+            policy.lm.save_pretrained(partial, state_dict=state)
+            policy.lm.config.dtype = "bfloat16"  # save_pretrained names that of the fp32 parameters
+            policy.lm.config.save_pretrained(partial)
+            AutoTokenizer.from_pretrained(model).save_pretrained(partial)
+            write_text(partial / STEP_OF_MODEL, str(step))
+        shutil.rmtree(old, ignore_errors=True)
+        if out.exists():
+            out.rename(old)
         partial.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
 
 
@@ -274,47 +284,55 @@ def training_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str
     return state
 
 
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Make a folder. One that cannot be written whole, as on a full disk, goes, and is named in one line.
+
+    Raises:
+        OSError: also for what safetensors and torch.distributed.checkpoint raise.
+    """
+    from safetensors import SafetensorError
+    from torch.distributed.checkpoint import CheckpointException
+
+    try:
+        yield
+    except (OSError, SafetensorError, CheckpointException) as error:
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        whole_ones = "the checkpoints before are whole: --resume goes on from them"
+        raise OSError(f"{folder.with_suffix('')}: cannot be written ({cause}); {whole_ones}") from None
+
+
 def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, progress: dict) -> None:
-    """Write beside, sync, rename, so that a checkpoint that has its name is whole; the last KEEP_CHECKPOINTS stay.
+    """Write beside, sync, rename to the step and the digest of what is written; the last KEEP_CHECKPOINTS stay.
 
     Raises:
         OSError: a rank could not write its shard, as on a full disk; what it wrote goes, the checkpoints before it stay.
     """
     import torch.distributed.checkpoint as dcp
 
-    final, writes = folder / f"step_{progress['step']:06d}", dist.get_rank() == 0
-    partial = final.with_suffix(".partial")
+    writes, name = dist.get_rank() == 0, f"step_{progress['step']:06d}"
+    partial = folder / f"{name}.partial"
     if writes:
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in folder.glob("*.partial"):  # by a call that was killed
+            shutil.rmtree(left)
         partial.mkdir(parents=True)
     dist.barrier()
-    state = training_state(policy, optimizer)
-    try:
-        dcp.save(state, storage_writer=dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True))
-    except dcp.CheckpointException as error:  # on all ranks, whichever failed
+    with writing(partial):
+        writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        dcp.save(training_state(policy, optimizer), storage_writer=writer)
+        dist.barrier()
         if writes:
-            shutil.rmtree(partial, ignore_errors=True)
-        cause = next(iter(error.failures.values()))[0]
-        raise OSError(
-            f"{final}: cannot be written ({cause}); those before it are whole: --resume goes on from them"
-        ) from None
-    dist.barrier()
+            write_text(partial / "progress.json", json.dumps(progress))
+            for path in (*partial.iterdir(), partial):
+                sync(path)
     if writes:
-        digests = {file.name: digest(file) for file in sorted(partial.glob("*.safetensors"))}
-        write_text(partial / "progress.json", json.dumps(progress | {"digests": digests}))
-        for path in (*partial.iterdir(), partial):
-            sync(path)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
+        partial.rename(folder / f"{name}-{fingerprint(partial)[:16]}")
         sync(folder)
-        for old in sorted(folder.glob("step_??????"))[:-KEEP_CHECKPOINTS]:
+        for old in checkpoints(folder)[:-KEEP_CHECKPOINTS]:
             shutil.rmtree(old)
     dist.barrier()
-
-
-def digest(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "blake2b").hexdigest()
 
 
 def sync(path: Path) -> None:
@@ -324,16 +342,23 @@ def sync(path: Path) -> None:
     os.close(descriptor)
 
 
+def checkpoints(folder: Path) -> list[Path]:
+    """By step; those under way and those set aside are not among them."""
+    return sorted(folder.glob("step_??????-" + "?" * 16))
+
+
 def newest_checkpoint(folder: Path) -> tuple[Path | None, dict]:
-    """The newest checkpoint that is whole and its progress, or that of a start; damaged ones are named and passed over."""
-    for path in sorted(folder.glob("step_??????"), reverse=True):
-        try:
-            progress = json.loads((path / "progress.json").read_text())
-            if all(digest(path / name) == value for name, value in progress["digests"].items()):
-                return path, START | progress  # START: of what an older version did not note
-        except (OSError, ValueError, KeyError):
-            pass
+    """The newest checkpoint that is whole and its progress, or that of a start; damaged ones are named and passed over.
+
+    Raises:
+        ValueError: there are checkpoints and none is whole; to begin anew would lose what the run has logged.
+    """
+    for path in reversed(checkpoints(folder)):
+        if path.name.endswith(fingerprint(path)[:16]):
+            return path, json.loads((path / "progress.json").read_text())
         print(f"train.py: {path} is damaged and is passed over", file=sys.stderr)
+    if checkpoints(folder):
+        raise ValueError(f"{folder}: no checkpoint there is whole; give another --out to begin anew")
     return None, START
 
 
@@ -392,7 +417,8 @@ def optimize(
 ) -> dict[str, float]:
     """`updates_per_rollout` optimiser steps on one rollout batch; the metrics, alike on every rank.
 
-    A gradient that is not finite skips its update on all ranks alike and is counted; `bad_in_a_row`: those just before.
+    A gradient that is not finite skips its update on all ranks alike and is counted. After MAX_BAD_STEPS in a row, with the
+    `bad_in_a_row` just before, no further update is tried.
     """
     batch.prepare(policy, reference)
     groups, samples = batch.rewards.shape
@@ -401,7 +427,7 @@ def optimize(
     for update in range(batch.config.updates_per_rollout):
         members = range(update, groups, batch.config.updates_per_rollout)  # the order of the batch is random already
         chosen = [group * samples + sample for group in members for sample in range(samples)]
-        if not any(batch.teaches[i] for i in chosen):
+        if metrics["bad_in_a_row"] == MAX_BAD_STEPS or not any(batch.teaches[i] for i in chosen):
             continue
         totals += batch.backward(policy, chosen)
         grad_norm = nn.utils.clip_grad_norm_(policy.parameters(), MAX_GRAD_NORM).full_tensor().item()
@@ -422,7 +448,7 @@ def optimize(
 
 
 class RunFolder:
-    """config.json, metrics.jsonl, trajectories.jsonl, checkpoints/ and, at the end, model/. Rank 0 writes, from `begin` on.
+    """config.json, metrics.jsonl, trajectories.jsonl, checkpoints/ and, at the end, model/. Rank 0 writes, once `begun`.
 
     Raises:
         ValueError: the folder holds a run already and `resume` is off, or a run with another configuration.
@@ -431,7 +457,7 @@ class RunFolder:
     def __init__(self, path: Path, config: Config, resume: bool, log: str | None):
         self.path, self.writes, self.logger, self.board = path, dist.get_rank() == 0, log, None
         self.config, file = dataclasses.asdict(config), path / "config.json"
-        if file.exists() and any((path / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+        if any((path / name).exists() for name in ("metrics.jsonl", "checkpoints")):
             if not resume:
                 raise ValueError(f"{path}: holds a run already; --resume goes on with it, --out names another folder")
             with whole(file):
@@ -441,17 +467,39 @@ class RunFolder:
                     raise ValueError(f"{file}: this run has --{name} {before.get(name)}, not {value}")
         dist.barrier()  # all ranks have looked before one writes
 
-    def begin(self, step: int) -> None:
-        """Write the configuration; drop what a lost stretch has logged after `step`, so that no step stands twice."""
+    @contextmanager
+    def begun(self, step: int) -> Iterator[None]:
+        """Hold the folder; drop what a lost stretch has logged after `step`, so that no step stands twice.
+
+        Raises:
+            ValueError: another process holds it, or a log is damaged.
+        """
         if not self.writes:
+            yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # also of ranks that outlived their torchrun
+            self._begin(step)
+            yield
+        except BlockingIOError:
+            raise ValueError(f"{self.path}: another process is training in it") from None
+        finally:
+            os.close(folder)
+
+    def _begin(self, step: int) -> None:
         write_text(self.path / "config.json", json.dumps(self.config, indent=1))  # --resume needs it whole
         for file in (self.path / "metrics.jsonl", self.path / "trajectories.jsonl"):
             if file.exists():
-                lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last new line is torn
-                records = map(json.loads, lines)
-                write_jsonl(file, [record for record in records if record["step"] <= step])
+                with whole(file):
+                    lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last new line is torn
+                    records = [json.loads(line) for line in lines]
+                    write_jsonl(file, [record for record in records if record["step"] <= step])
+        for path in checkpoints(self.path / "checkpoints"):
+            if path.name[: len("step_000000")] > f"step_{step:06d}":  # damaged: out of the way of new ones
+                shutil.rmtree(aside := path.with_suffix(".damaged"), ignore_errors=True)
+                path.rename(aside)
         if self.logger == "wandb":
             import wandb
 
@@ -465,6 +513,8 @@ class RunFolder:
         if self.writes:
             with open(self.path / name, "a", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+                stream.flush()
+                os.fsync(stream.fileno())  # before the checkpoint of its step
 
     def say(self, line: str) -> None:
         if self.writes:
@@ -518,7 +568,8 @@ class Trainer:
         episodes = timed("rollout", roll_out, self.sampling, self.encode, chosen, config, step)
         metrics = {"step": step + 1} | summarize([record(episode) for episode in episodes])
         if metrics["search_failures"] > MAX_SEARCH_FAILURES:
-            raise RuntimeError(f"{metrics['search_failures']:.0%} of the searches failed: {self.sampling.search_error!r}")
+            reasons = [reason for share in gather([self.sampling.search_error]) for reason in share if reason]
+            raise RuntimeError(f"{metrics['search_failures']:.0%} of the searches failed: {reasons[0]!r}")
         if config.eval_every and step % config.eval_every == 0:
             metrics |= timed("eval", self.evaluate)
         self.engine.sleep()
@@ -552,27 +603,28 @@ def train(config: Config, out: Path, resume: bool, log: str | None) -> None:
     path, progress = found[0]
     if progress["step"] > config.steps:
         raise ValueError(f"{out}: the run is at step {progress['step']}, past --steps {config.steps}; give another --out")
-    if progress["step"] == config.steps and (out / "model").is_dir():
-        run.say(f"{out}: finished at step {progress['step']}; the model is {out / 'model'}")
+    exported = out / "model" / STEP_OF_MODEL
+    if progress["step"] == config.steps and exported.exists() and exported.read_text() == str(config.steps):
+        run.say(f"{out}: finished at step {config.steps}; the model is {out / 'model'}")
         return
     trainer = Trainer(config, device)
     if path is not None:
         load_checkpoint(path, trainer.policy, trainer.optimizer, progress)
-    run.begin(progress["step"])
     start = progress["step"]
-    for step in tqdm(range(start, config.steps), "steps", config.steps, initial=start, disable=not run.writes):
-        metrics, episodes = trainer.iterate(progress)
-        run.log(metrics)
-        first_group = episodes[: config.samples_per_prompt]
-        run.append("trajectories.jsonl", [{"step": step + 1} | dataclasses.asdict(e) for e in first_group])
-        shown = ("reward", "search_rate", "format_rate", "f1", "grad_norm")
-        run.say(f"step {step + 1:4d}  " + "  ".join(f"{name} {metrics[name]:.3f}" for name in shown))
-        if (bad := metrics["bad_in_a_row"]) >= MAX_BAD_STEPS:
-            raise RuntimeError(f"step {step + 1}: {bad} updates in a row had a gradient that is not finite")
-        progress = {"step": step + 1, "updates": progress["updates"] + metrics["updates"], "bad_in_a_row": bad}
-        if step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
-            save_checkpoint(out / "checkpoints", trainer.policy, trainer.optimizer, progress)
-    export(trainer.policy, config.model, out / "model")
+    with run.begun(start):
+        for step in tqdm(range(start, config.steps), "steps", config.steps, initial=start, disable=not run.writes):
+            metrics, episodes = trainer.iterate(progress)
+            run.log(metrics)
+            first_group = episodes[: config.samples_per_prompt]
+            run.append("trajectories.jsonl", [{"step": step + 1} | dataclasses.asdict(e) for e in first_group])
+            shown = ("reward", "search_rate", "format_rate", "f1", "grad_norm")
+            run.say(f"step {step + 1:4d}  " + "  ".join(f"{name} {metrics[name]:.3f}" for name in shown))
+            if (bad := metrics["bad_in_a_row"]) == MAX_BAD_STEPS:
+                raise RuntimeError(f"step {step + 1}: {bad} updates in a row had a gradient that is not finite")
+            progress = {"step": step + 1, "updates": progress["updates"] + metrics["updates"], "bad_in_a_row": bad}
+            if step + 1 == config.steps or (config.save_every and (step + 1) % config.save_every == 0):
+                save_checkpoint(out / "checkpoints", trainer.policy, trainer.optimizer, progress)
+        export(trainer.policy, config.model, out / "model", config.steps)
     run.say(f"model: {out / 'model'}\nmetrics: {out / 'metrics.jsonl'}")
 
 

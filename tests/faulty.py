@@ -13,7 +13,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import shutil
 
+import safetensors.torch
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig
 
 import train
 from rollout import Rollout
@@ -25,11 +27,12 @@ POINTS = {
     "update": (train.nn.utils, "clip_grad_norm_"),
     "log": (train.RunFolder, "log"),
     "checkpoint begins": (train, "training_state"),
-    "checkpoint written": (train, "digest"),  # its shards, but not what says that it is whole
+    "shard serialised": (safetensors.torch, "save"),
+    "checkpoint written": (train, "fingerprint"),  # of all its files, but it has no name yet
     "checkpoint synced": (train, "sync"),
     "old checkpoint removed": (shutil, "rmtree"),
     "weight sync": (DTensor, "full_tensor"),  # parameter by parameter
-    "export": (train.RunFolder, "say"),
+    "export": (PreTrainedConfig, "save_pretrained"),  # before the weights, and when they are written
 }
 
 

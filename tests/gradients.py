@@ -1,5 +1,7 @@
 """One optimiser step's gradients on the ranks that torchrun gives: `gradients.py MODEL OUT CASE`; see test_train.py."""
 
+import json
+import math
 import os
 import random
 import sys
@@ -10,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch.distributed as dist
 
+import reinforce_pp
 import train
 from rollout import Episode
 
@@ -32,6 +35,27 @@ def make_episodes(groups: int, samples: int, seed: int = 0) -> list[Episode]:
     return episodes
 
 
+def optimize_with_nan_on_rank_1(batch: train.Batch, policy: train.Policy, out: str) -> None:
+    """Write what each rank says of the update."""
+    before, plain = [p.to_local().clone() for p in policy.parameters()], reinforce_pp.policy_loss
+    if dist.get_rank() == 1:
+        reinforce_pp.policy_loss = lambda *args: (plain(*args)[0] * math.nan, plain(*args)[1])
+    metrics = train.optimize(batch, policy, None, torch.optim.AdamW(policy.parameters(), lr=1.0))
+    changed = any(not torch.equal(a, p.to_local()) for a, p in zip(before, policy.parameters(), strict=True))
+    found = [each for share in train.gather([metrics | {"changed": changed}]) for each in share]
+    if dist.get_rank() == 0:
+        Path(out).write_text(json.dumps([{k: each[k] for k in ("updates", "bad_updates", "changed")} for each in found]))
+
+
+def write_gradients(batch: train.Batch, policy: train.Policy, out: str) -> None:
+    batch.prepare(policy, None)
+    micro_batches = len(batch.plan(list(range(len(batch.episodes)))))
+    batch.backward(policy, list(range(len(batch.episodes))))
+    gradients = {name: p.grad.full_tensor() for name, p in policy.named_parameters()}
+    if dist.get_rank() == 0:
+        torch.save({"gradients": gradients, "micro_batches": micro_batches}, out)
+
+
 def main(model: str, out: str, case: str) -> None:
     device = train.start_distributed()
     groups, budget = (1, 4096) if case == "one" else (3, 110)
@@ -44,12 +68,7 @@ def main(model: str, out: str, case: str) -> None:
     )
     policy = train.load_policy(config, device)
     batch = train.Batch(make_episodes(groups, 3), config, device, dist.get_rank(), dist.get_world_size(), dist.all_reduce)
-    batch.prepare(policy, None)
-    micro_batches = len(batch.plan(list(range(len(batch.episodes)))))
-    batch.backward(policy, list(range(len(batch.episodes))))
-    gradients = {name: p.grad.full_tensor() for name, p in policy.named_parameters()}
-    if dist.get_rank() == 0:
-        torch.save({"gradients": gradients, "micro_batches": micro_batches}, out)
+    (optimize_with_nan_on_rank_1 if case == "nan" else write_gradients)(batch, policy, out)
     dist.barrier()
     os._exit(0)
 

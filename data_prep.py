@@ -63,8 +63,7 @@ MEN = """
 """.split()
 SURNAMES = """
     Adams Baker Bell Black Brown Carter Clark Cole Cook Cooper Davis Dean Evans Fisher Ford Foster Grant Gray Green Hall
-    Hill Hunt Jones King Lee Lewis Mason Miller Moore Morgan Nelson Owen Palmer Parker Reed Rogers Scott Stone Ward
-    Young
+    Hill Hunt Jones King Lee Lewis Mason Miller Moore Morgan Nelson Owen Palmer Parker Reed Rogers Scott Stone Ward Young
 """.split()
 TOWNS = """
     Alton Ashford Barton Bedford Bolton Boston Bradford Brighton Bristol Burton Cambridge Camden Canton Carlton Chester
@@ -80,8 +79,7 @@ TRADES = """
     sculptor singer soldier surgeon tailor teacher writer
 """.split()
 BRANDS = """
-    Alpha Apex Arrow Atlas Bear Blue Crown Delta Diamond Dragon Eagle East Falcon Fox Gold Lion Moon North Ocean Star
-    Sun
+    Alpha Apex Arrow Atlas Bear Blue Crown Delta Diamond Dragon Eagle East Falcon Fox Gold Lion Moon North Ocean Star Sun
 """.split()
 KINDS = "Air Books Energy Foods Glass Mills Motors Paper Shoes Steel Tools Toys".split()
 GOODS = """
@@ -93,22 +91,13 @@ ADJECTIVES = """
     White Wild
 """.split()
 NOUNS = """
-    Bird Bridge Door Dream Fire Forest Garden Horse House Island Light Mirror Night Ocean Rain Road Shadow Tower Tree
-    Winter
+    Bird Bridge Door Dream Fire Forest Garden Horse House Island Light Mirror Night Ocean Rain Road Shadow Tower Tree Winter
 """.split()
 
 # subject kind -> (question, attribute); and (question, attribute that leads to the second subject, its attribute)
 ONE_HOP = {
-    "person": [
-        ("Where was {} born?", "town"),
-        ("What does {} work as?", "trade"),
-        ("Who is {} married to?", "spouse"),
-    ],
-    "company": [
-        ("Who founded {}?", "person"),
-        ("Where is {} based?", "town"),
-        ("What does {} make?", "goods"),
-    ],
+    "person": [("Where was {} born?", "town"), ("What does {} work as?", "trade"), ("Who is {} married to?", "spouse")],
+    "company": [("Who founded {}?", "person"), ("Where is {} based?", "town"), ("What does {} make?", "goods")],
     "film": [("Who directed the film {}?", "person"), ("Where was the film {} shot?", "town")],
     "book": [("Who wrote the book {}?", "person"), ("Where was the book {} printed?", "town")],
     "town": [("Who is the mayor of {}?", "person")],
@@ -145,8 +134,8 @@ class World:
         self.entities: dict[str, dict[str, str]] = {}
         self.rng = rng
         spouses = dict(zip(people[::2] + people[1::2], people[1::2] + people[::2], strict=True))
-        named = [*(("person", n) for n in people), *(("town", n) for n in towns), *(("company", n) for n in companies)]
-        for kind, name in [*named, *(("film", n) for n in films), *(("book", n) for n in books)]:
+        kinds = {"person": people, "town": towns, "company": companies, "film": films, "book": books}
+        for kind, name in ((kind, name) for kind, names in kinds.items() for name in names):
             self.entities[name] = {
                 "name": name,
                 "kind": kind,
@@ -188,10 +177,8 @@ def demo_world(seed: int, train: int = 1200, held_out: int = 120) -> tuple[list[
         rng.shuffle(pool)
     names["books"] = names["films"][200:]
     sizes = {"people": (350, 150), "towns": (50, 30), "companies": (120, 60), "films": (100, 50), "books": (100, 50)}
-    parts = []
-    for part in range(2):
-        start = {kind: 0 if part == 0 else size[0] for kind, size in sizes.items()}
-        parts.append(World(rng, **{kind: names[kind][start[kind] :][: size[part]] for kind, size in sizes.items()}))
+    trained = World(rng, **{kind: names[kind][:a] for kind, (a, _) in sizes.items()})
+    parts = trained, World(rng, **{kind: names[kind][a : a + b] for kind, (a, b) in sizes.items()})
     passages = [{"id": str(i), **p} for i, p in enumerate(p for world in parts for p in world.passages())]
     sets = []
     for world, name, count in zip(parts, ("train", "heldout"), (train, held_out), strict=True):
@@ -502,17 +489,14 @@ def roll_out_until_right(rollout, encode, questions: list[dict], verdicts: dict,
 def noted_verdicts(notes: Path, settings: dict, questions: list[dict]) -> dict[str, list[bool]]:
     """The verdicts that an interrupted call has noted, by id; what follows the last new line is torn and cut off."""
     verdicts = {q["id"]: [] for q in questions}
-    lines = notes.read_bytes().splitlines(keepends=True) if notes.exists() else []
-    if lines and not lines[-1].endswith(b"\n"):
-        os.truncate(notes, notes.stat().st_size - len(lines.pop()))
-    if len(lines) < 2:  # no rollout yet: begin anew
-        notes.write_text(json.dumps(settings) + "\n")
-        return verdicts
-    for name, value in json.loads(lines[0]).items():
+    lines = notes.read_bytes().split(b"\n")[:-1] if notes.exists() else []
+    before, *rollouts = map(json.loads, lines if len(lines) > 1 else [json.dumps(settings)])  # none yet: begin anew
+    for name, value in before.items():
         if settings.get(name) != value:
             raise ValueError(f"{notes}: begun with {name} {value}, not {settings.get(name)}; remove it to begin again")
-    for name, right in map(json.loads, lines[1:]):
+    for name, right in rollouts:
         verdicts[name].append(right)
+    write_jsonl(notes, [settings, *rollouts])
     return verdicts
 
 
@@ -582,9 +566,7 @@ def make_mix(args: argparse.Namespace) -> None:
     refuse_to_overwrite(args.out)
     seen = {normalize(q["question"]) for file in args.exclude for q in read_questions(file)}
     keys = ("id", "question", "answers", "dataset", "rollouts", "solved")
-    files = [
-        read_jsonl(f, lambda r: {key: r[key] for key in keys}, f"a question with {', '.join(keys)}") for f in args.questions
-    ]
+    files = [read_jsonl(f, lambda r: {k: r[k] for k in keys}, f"a question with {', '.join(keys)}") for f in args.questions]
     pools: dict[tuple[str, str], list[dict]] = {}
     for record in chain(*files):
         if (text := normalize(record["question"])) not in seen:
@@ -601,10 +583,8 @@ def make_mix(args: argparse.Namespace) -> None:
     drawn = [record for key, count in wanted.items() for record in rng.sample(pools[key], count)]
     rng.shuffle(drawn)
     write_jsonl(args.out, drawn)
-    total, kept = sum(map(len, files)), sum(map(len, pools.values()))
-    print(
-        f"{args.out}: {len(drawn)} questions (--seed {args.seed}); of {total}, {total - kept} are in the test sets or twice"
-    )
+    read, kept = sum(map(len, files)), sum(map(len, pools.values()))
+    print(f"{args.out}: {len(drawn)} questions (--seed {args.seed}); of {read}, {read - kept} are in the test sets or twice")
 
 
 def add_difficulty_arguments(parser: argparse.ArgumentParser) -> None:
@@ -636,6 +616,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     demo = commands.add_parser("demo", help="the demo's model, passages and questions")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder to fill")
     demo.add_argument("--seed", type=int, default=0, help="of the world")
+    demo.set_defaults(handler=lambda args: make_demo(args.out, args.seed))
     questions = commands.add_parser("questions", help="published data sets to questions")
     questions.add_argument(
         "--format", choices=[*ID_FIELDS, "r1-searcher"], required=True, help="r1-searcher: its released sets"
@@ -664,23 +645,18 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     kilt.set_defaults(format="kilt")
     for command in (kilt, corpus):
-        command.add_argument("--source", type=Path, required=True, help="file (also .gz, .bz2) or a folder of such files")
-        command.add_argument(
-            "--out", type=Path, required=True, help="passage file to write; an interrupted call is gone on with"
-        )
-        command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+        add = command.add_argument
+        add("--source", type=Path, required=True, help="file (also .gz, .bz2) or a folder of such files")
+        add("--out", type=Path, required=True, help="passage file to write; an interrupted call is gone on with")
+        add("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+        command.set_defaults(handler=lambda args: make_corpus(args.source, args.out, args.format, args.workers))
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_arguments(argv)
     with user_errors("data_prep.py"):
-        if args.command == "demo":
-            make_demo(args.out, args.seed)
-        elif args.command in ("kilt", "corpus"):
-            make_corpus(args.source, args.out, args.format, args.workers)
-        else:
-            args.handler(args)
+        args.handler(args)
 
 
 if __name__ == "__main__":

@@ -58,14 +58,13 @@ def identity(question: dict) -> tuple[str, str]:
     return question["dataset"], question["id"]
 
 
+def mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return sum(values) / len(values)
+
+
 def summarize(records: list[dict]) -> dict[str, float]:
     """The README's metrics of answers, searches and format over the records of finished episodes."""
-
-    def mean(values: Iterable[float]) -> float:
-        return sum(values) / len(records)
-
-    rules = [rule.__name__ for rule in FORMAT_RULES]
-
     return {
         "n": len(records),
         "reward": mean(r["reward"] for r in records),
@@ -73,7 +72,7 @@ def summarize(records: list[dict]) -> dict[str, float]:
         "search_rate": mean(r["searches"] > 0 for r in records),
         "searches": mean(r["searches"] for r in records),
         "format_rate": mean(r["failed_rule"] is None for r in records),
-        **{f"failed_{rule}": mean(r["failed_rule"] == rule for r in records) for rule in rules},
+        **{f"failed_{rule.__name__}": mean(r["failed_rule"] == rule.__name__ for r in records) for rule in FORMAT_RULES},
         "truncated_rate": mean(r["finish_reason"] == "length" for r in records),
         "response_len": mean(r["response_len"] for r in records),
         "search_failures": sum(r["search_failures"] for r in records) / max(1, sum(r["searches"] for r in records)),
@@ -84,7 +83,7 @@ def summarize_evaluation(records: list[dict]) -> dict[str, float]:
     """`summarize` with every number a mean over questions: failed searches as the share of questions that had one."""
     result = summarize(records)
     del result["search_failures"]
-    return result | {"search_failed_rate": sum(r["search_failures"] > 0 for r in records) / len(records)}
+    return result | {"search_failed_rate": mean(r["search_failures"] > 0 for r in records)}
 
 
 def measure(records: list[dict], summary: Callable[[list[dict]], dict[str, float]]) -> dict:
@@ -264,17 +263,15 @@ def roll_out(args: argparse.Namespace, questions: list[dict], journal: Path, pro
             for start in range(0, len(left), size):
                 if grouped:
                     engine.llm.reset_prefix_cache()  # what it holds changes the numbers too
-                for finished in answer(rollout, encode, left[start : start + size], args.seed):
-                    stream.write(json.dumps(finished, ensure_ascii=False) + "\n")
+                for answered in answer(rollout, encode, left[start : start + size], args.seed):
+                    stream.write(json.dumps(answered, ensure_ascii=False) + "\n")
                     stream.flush()
-                    records.append(finished)
+                    records.append(answered)
                     bar.update()
         if rollout.search_error:
             print(f"searches failed, the last one with: {rollout.search_error}", file=sys.stderr)
-    order = {identity(question): place for place, question in enumerate(questions)}
-    records.sort(key=lambda r: order[identity(r)])
-    assert list(map(identity, records)) == list(order), "a question is missing or there twice"
-    return records
+    finished = {identity(r): r for r in records}
+    return [finished[identity(question)] for question in questions]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -332,10 +329,7 @@ def read_outputs(path: Path) -> list[dict]:
 
 def score(outputs: list[dict]) -> dict[str, float]:
     """Mean of each of `SCORES` and, if any output was judged, ACC_L over all of them."""
-    scores = {
-        name: sum(best(metric, o["prediction"], o["answers"]) for o in outputs) / len(outputs)
-        for name, metric in SCORES.items()
-    }
+    scores = {name: mean(best(metric, o["prediction"], o["answers"]) for o in outputs) for name, metric in SCORES.items()}
     verdicts = [verdict(o["reply"]) for o in outputs]
     acc_l = {"acc_l": verdicts.count(True) / len(outputs)} if set(verdicts) != {None} else {}
     return {"n": len(outputs), **scores, **acc_l}
@@ -537,9 +531,7 @@ def add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
     add("--engine", default="vllm", choices=["vllm", "transformers"])
     add("--gpu_memory_utilization", type=float, default=0.9, help="the engine's share of the GPU")
     add("--seed", type=int, default=0, help="of the sampling, if any")
-    defaults = Limits(documents_per_search=5, temperature=0.0)  # 5 documents at evaluation (official code)
-    for name in Limits.__dataclass_fields__:
-        value = getattr(defaults, name)
+    for name, value in vars(Limits(documents_per_search=5, temperature=0.0)).items():  # 5 documents (official code)
         add(f"--{name}", type=type(value), default=value, help=f"default {value}")
 
 

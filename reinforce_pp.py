@@ -147,24 +147,22 @@ def pack(rows: list[list[tuple[list[int], list[int], int]]]) -> dict[str, Tensor
     return batch
 
 
-def plan_micro_batches(
-    lengths: list[tuple[int, int]], chosen: list[int], samples: int, budget: int
-) -> list[list[list[int]]]:
+def plan_micro_batches(sizes: list[tuple[int, int]], chosen: list[int], samples: int, budget: int) -> list[list[list[int]]]:
     """Micro-batches of rows of sequences, for `pack`.
 
     Sequences of one prompt share a row where the prompt is long enough to pay for the mask. Rows are sorted by length, so
     that those of a micro-batch are alike and padding is small.
 
     Args:
-        lengths: (prompt, whole) length of every sequence of the batch; `samples` in a row have the same prompt.
+        sizes: (prompt, whole) length of every sequence of the batch; `samples` in a row have the same prompt.
         chosen: the sequences to plan, ascending.
         budget: tokens of a micro-batch, padding included; a single sequence may exceed it.
     """
     rows: list[tuple[int, list[int]]] = []  # (tokens, sequences)
     for _, group in groupby(chosen, key=lambda i: i // samples):
         members = list(group)
-        prompt = lengths[members[0]][0]
-        continuations = [lengths[i][1] - prompt for i in members]
+        prompt = sizes[members[0]][0]
+        continuations = [sizes[i][1] - prompt for i in members]
         share = prompt >= SHARE_PROMPT_FROM * sum(continuations) / len(members)
         for i, continuation in zip(members, continuations, strict=True):
             if i != members[0] and share and rows[-1][0] + continuation <= budget:
@@ -230,9 +228,7 @@ def normalize(returns: Tensor, action_mask: Tensor) -> Tensor:
     return (returns - mean) / var.clamp(min=1e-8).sqrt() * mask
 
 
-def advantages(
-    rewards: Tensor, action_mask: Tensor, algorithm: str, kl: Tensor | None = None, kl_coef: float = 0.0
-) -> Tensor:
+def advantages(rewards: Tensor, action_mask: Tensor, algorithm: str, kl: Tensor | None = None, kl_coef: float = 0) -> Tensor:
     """Eqs. 2 to 5.
 
     Args:

@@ -368,10 +368,8 @@ class Dense:
         self.passages, self.encoder = passages, Encoder(encoder)
         rows, dim = len(passages), self.encoder.model.get_embedding_dimension()
         if (self.index.ntotal, self.index.d) != (rows, dim):
-            mismatch = (
-                f"{self.index.ntotal} vectors of size {self.index.d}, but {rows} passages and an encoder of size {dim}"
-            )
-            raise ValueError(f"{index}: {mismatch}")
+            found = f"{self.index.ntotal} vectors of size {self.index.d}"
+            raise ValueError(f"{index}: {found}, but {rows} passages and an encoder of size {dim}")
 
     def search(self, queries: list[str], k: int) -> list[list[Passage]]:
         """The k nearest passages of each query; an approximate index may find fewer."""
@@ -536,10 +534,8 @@ class Web:
         cache = cache or Path.home() / ".cache" / "nanosearcher" / "web.sqlite"
         cache.parent.mkdir(parents=True, exist_ok=True)
         with whole(cache):
-            self.cache = sqlite3.connect(cache, timeout=60, check_same_thread=False, isolation_level=None)
-            self.cache.execute(
-                "CREATE TABLE IF NOT EXISTS hits (provider, query, k, hits, PRIMARY KEY (provider, query, k))"
-            )
+            self.db = sqlite3.connect(cache, timeout=60, check_same_thread=False, isolation_level=None)
+            self.db.execute("CREATE TABLE IF NOT EXISTS hits (provider, query, k, hits, PRIMARY KEY (provider, query, k))")
 
     def search(self, queries: list[str], k: int) -> list[list[Passage]]:
         """The first k hits of each query; errors as in `Remote.search`."""
@@ -553,7 +549,7 @@ class Web:
     def _search_one(self, query: str, k: int) -> list[Passage]:
         key = (self.name, query, k)
         with self._lock:
-            row = self.cache.execute("SELECT hits FROM hits WHERE (provider, query, k) = (?, ?, ?)", key).fetchone()
+            row = self.db.execute("SELECT hits FROM hits WHERE (provider, query, k) = (?, ?, ?)", key).fetchone()
         if row is None:
             request = self.provider.ask(query, k, os.environ[self.provider.key])
             answer = fetch(self.session, url=self.url, turn=self._take_turn, **request)
@@ -561,7 +557,7 @@ class Web:
                 hits = [[html.unescape(" ".join(str(part).split())) for part in hit] for hit in self.provider.read(answer)]
             row = (json.dumps([dict(zip(("id", "title", "text"), hit, strict=True)) for hit in hits]),)
             with self._lock:
-                self.cache.execute("INSERT OR REPLACE INTO hits VALUES (?, ?, ?, ?)", key + row)
+                self.db.execute("INSERT OR REPLACE INTO hits VALUES (?, ?, ?, ?)", key + row)
         return [parse_passage(hit) for hit in json.loads(row[0])][:k]
 
 
@@ -570,9 +566,7 @@ class Web:
 
 VERSION = 1  # of index folders
 SHARD = 32768  # passages in a file of vectors
-LARGE = (
-    1 << 30
-)  # bytes of a passage file that is indexed in memory (about 2 million passages, for half a minute each million)
+LARGE = 1 << 30  # bytes of a passage file that is indexed in memory (about 2 million passages, half a minute a million)
 SMALL = 2000  # passages that rank-bm25 holds without being slow (it takes about 8 microseconds a passage and query)
 
 
@@ -789,14 +783,12 @@ def read_line(line: str) -> dict:
 SHAPES = {
     "/search": Shape(  # ours
         lambda queries, k: {"queries": queries, "k": k},
-        lambda results, scores: {"results": results},
+        lambda results, _: {"results": results},
         lambda body: body["results"],
     ),
     "/queries": Shape(  # the official R1-Searcher's
         lambda queries, k: {"queries": queries, "k": k},
-        lambda results, scores: {
-            "answers": [[f"{n}\t{p['title']}   {p['text']}" for n, p in enumerate(r)] for r in results]
-        },
+        lambda results, _: {"answers": [[f"{n}\t{p['title']}   {p['text']}" for n, p in enumerate(r)] for r in results]},
         lambda body: [[read_line(line) for line in each] for each in body["answers"]],
     ),
     "/retrieve": Shape(  # Search-R1's
@@ -953,16 +945,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     commands.choices["serve"].add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
     commands.choices["serve"].add_argument("--port", type=int, default=8000, help="0: any that is free (default 8000)")
     args = parser.parse_args(argv)
-    if args.command == "index" and args.kind == "dense" and not args.encoder:
-        parser.error("--kind dense needs --encoder")
-    if (
-        args.command == "index"
-        and args.kind == "bm25"
-        and (args.encoder or args.prebuilt or args.parameters or args.factory)
-    ):
-        parser.error("--encoder, --factory, --parameters and --prebuilt are for --kind dense")
-    if args.command == "index" and args.prebuilt and args.factory:
-        parser.error("--factory: the prebuilt index has one")
+    if args.command == "index":
+        if args.kind == "dense" and not args.encoder:
+            parser.error("--kind dense needs --encoder")
+        if args.kind == "bm25" and (args.encoder or args.prebuilt or args.parameters or args.factory):
+            parser.error("--encoder, --factory, --parameters and --prebuilt are for --kind dense")
+        if args.prebuilt and args.factory:
+            parser.error("--factory: the prebuilt index has one")
     if args.command == "search" and args.k < 1:
         parser.error("-k: at least 1")
     if args.command == "serve" and not 0 <= args.port < 65536:

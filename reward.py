@@ -281,22 +281,12 @@ REWARDS: dict[str, Callable[[Outcome], float]] = {
 
 
 def judge(segments: list[tuple[str, str]], searches: int, answers: list[str], reward: str = "stage2") -> dict:
-    """Score one trajectory.
+    """Score one trajectory: `reward`, each of `METRICS`, `answer` (the prediction), `failed_rule` (None: right format).
 
-    Args:
-        segments: (kind, text) in order, kind one of prompt, policy, documents; only "policy" is looked at.
-        searches: number of queries that were answered.
-        answers: gold answers, at least one.
-        reward: a name in `REWARDS`.
-    Returns:
-        `reward`, each of `METRICS`, `answer` (the prediction) and `failed_rule` (None if the format is right).
+    Of `segments`, (kind, text) in order, only kind "policy" is looked at; `answers` are gold, at least one.
     """
     text = "".join(text for kind, text in segments if kind == "policy")
     outcome = Outcome(text, searches, answers, failed_rule(text))
     scores = {name: outcome.score(name) for name in METRICS}
-    return {
-        "reward": float(REWARDS[reward](outcome)),
-        **scores,
-        "answer": extract_answer(text),
-        "failed_rule": outcome.failed_rule,
-    }
+    said = {"answer": extract_answer(text), "failed_rule": outcome.failed_rule}
+    return {"reward": float(REWARDS[reward](outcome))} | scores | said

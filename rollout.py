@@ -352,13 +352,12 @@ class TransformersEngine:
     A sequence's tokens do not depend on what else is running, so it repeats bit for bit whatever the timing.
     """
 
-    def __init__(self, model: str, dtype: str = "float32"):
+    def __init__(self, model: str):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.torch = torch
-        dtype = getattr(torch, dtype)
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, use_safetensors=True).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True).eval()
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         eos = self.model.generation_config.eos_token_id
         self.eos = set(eos if isinstance(eos, list) else [eos])
@@ -406,11 +405,8 @@ class TransformersEngine:
             for name, tensor in named_tensors:
                 parameters[name].copy_(tensor)
 
-    def sleep(self):
-        pass
-
-    def wake_up(self):
-        pass
+    def sleep(self): ...
+    def wake_up(self): ...
 
 
 def make_engine(kind: str, model: str, max_context: int, gpu_memory_utilization: float) -> Engine:

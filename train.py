@@ -51,6 +51,7 @@ MAX_GRAD_NORM = 1.0  # OpenRLHF's default, which the official scripts keep
 ADAM_BETAS = (0.9, 0.95)  # likewise
 MAX_BAD_STEPS = 3  # updates in a row with a gradient that is not finite before the run stops
 MAX_SEARCH_FAILURES = 0.2  # share of a batch's queries that may fail before the run stops
+MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam calls them
 KEEP_CHECKPOINTS = 2
 STEP_OF_MODEL = "nanosearcher_step.txt"  # in an exported folder: which of the run's steps it is of
 MAY_CHANGE = (  # on --resume: they change no number but for rounding
@@ -102,24 +103,12 @@ class Config:
     eval_every: int = option(0, "rollout batches between evaluations on --eval_questions; 0 never")
 
 
-_DEMO = dict(
-    model="demo/model",
-    retriever="demo/passages.jsonl",
-    questions="demo/train.jsonl",
-    prompt_file="demo",
-    temperature=0.7,  # a 135M model at 1.0 rarely completes a tag
-    prompts_per_step=8,
-    samples_per_prompt=8,
-    updates_per_rollout=1,
-    algorithm="grpo",
-    learning_rate=2e-5,
-    max_searches=3,
-    documents_per_search=1,
-    max_turn_tokens=48,
-    max_context=768,
-    micro_batch_tokens=2048,
-    gradient_checkpointing=False,
-    save_every=4,
+_DEMO = (
+    dict(model="demo/model", retriever="demo/passages.jsonl", questions="demo/train.jsonl", prompt_file="demo")
+    | dict(temperature=0.7)  # a 135M model at 1.0 rarely completes a tag
+    | dict(prompts_per_step=8, samples_per_prompt=8, updates_per_rollout=1, algorithm="grpo", learning_rate=2e-5)
+    | dict(max_searches=3, documents_per_search=1, max_turn_tokens=48, max_context=768, micro_batch_tokens=2048)
+    | dict(gradient_checkpointing=False, save_every=4)
 )
 _LLAMA = dict(model="meta-llama/Llama-3.1-8B-Instruct", prompt_file="chat", kl_coef=1e-4)
 _STAGE_1 = dict(questions="data/stage_1.jsonl", reward="stage1", steps=6)  # one pass over 350 questions
@@ -187,17 +176,15 @@ def check(c: Config) -> None:
 
 def start_distributed() -> torch.device:
     """Join the process group that torchrun describes, or make one of a single process."""
-    if dist.is_initialized():
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-    for name, value in alone.items():
-        os.environ.setdefault(name, value)
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=SLOWEST)
-        return torch.device("cuda")
-    dist.init_process_group("gloo", timeout=SLOWEST)
-    return torch.device("cpu")
+    on_gpu = torch.cuda.is_available()
+    if not dist.is_initialized():
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        for name, value in alone.items():
+            os.environ.setdefault(name, value)
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=SLOWEST)
+    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def load_policy(config: Config, device: torch.device, frozen: bool = False) -> Policy:
@@ -244,11 +231,9 @@ def export(policy: Policy, model: str, out: Path, step: int) -> None:
     """Write a Hugging Face folder that transformers and vLLM load as it is; it is there as a whole or not at all."""
     from transformers import AutoTokenizer
 
-    state = {}
-    for name, tensor in whole_parameters(policy):  # all ranks gather, rank 0 keeps
-        if dist.get_rank() == 0:
-            state[name] = tensor.cpu()
-    if dist.get_rank() == 0:
+    writes = dist.get_rank() == 0
+    state = {name: tensor.cpu() for name, tensor in whole_parameters(policy) if writes}  # all ranks gather, rank 0 keeps
+    if writes:
         partial, old = out.with_suffix(".partial"), out.with_suffix(".old")
         with writing(partial):
             policy.lm.save_pretrained(partial, state_dict=state)
@@ -274,13 +259,9 @@ def training_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str
     for name, parameter in policy.named_parameters():
         moments = optimizer.state[parameter]
         if not moments:
-            moments |= {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-        state |= {f"model.{name}": parameter.detach()}
-        state |= {f"{moment}.{name}": moments[moment] for moment in ("exp_avg", "exp_avg_sq")}
+            moments |= {"step": torch.zeros((), device=parameter.device)}
+            moments |= {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+        state |= {f"model.{name}": parameter.detach()} | {f"{moment}.{name}": moments[moment] for moment in MOMENTS}
     return state
 
 
@@ -377,10 +358,8 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer
 
 def questions_of_step(questions: list[dict], step: int, count: int, seed: int) -> list[dict]:
     """The step's questions: `count` in a row from an endless sequence of shuffled passes over all of them."""
-    chosen = []
-    for epoch, positions in groupby(
-        range(step * count, (step + 1) * count), key=lambda position: position // len(questions)
-    ):
+    chosen, places = [], range(step * count, (step + 1) * count)
+    for epoch, positions in groupby(places, key=lambda position: position // len(questions)):
         order = list(questions)
         random.Random(derive_seed(seed, epoch)).shuffle(order)
         chosen += [order[position % len(questions)] for position in positions]
@@ -545,8 +524,7 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.policy.parameters(), lr=config.learning_rate, betas=ADAM_BETAS, weight_decay=0.0, fused=True
         )
-        names = set(Limits.__dataclass_fields__) & set(Config.__dataclass_fields__)
-        limits = Limits(**{name: getattr(config, name) for name in names})
+        limits = Limits(**{name: value for name, value in vars(config).items() if name in Limits.__dataclass_fields__})
         repeatable = device.type == "cpu"  # bit for bit; on a GPU decoding goes on while the retriever works
         self.sampling = Rollout(self.engine, tokenizer, search, TAGS, limits, repeatable)
         self.greedy = Rollout(self.engine, tokenizer, search, TAGS, dataclasses.replace(limits, temperature=0.0), repeatable)

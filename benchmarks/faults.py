@@ -2,10 +2,11 @@
 
     python benchmarks/faults.py --json
 
-Runs of the tests' tiny model with the real vLLM, on one rank and on two, take turns. Half of the kills (-9) come from
-outside and take all processes at once, as when a node dies; half from inside one rank, at each point of
-tests/faulty.py, among them amid a checkpoint and amid the weight sync. After each kill the log must be the beginning of the
-unbroken run's; in the end metrics and model must equal its, bit for bit. Exit status 1 if any is not.
+Runs of the tests' tiny model with the real vLLM, on one rank and on two, take turns: Reinforce++ with a reference model,
+three updates a rollout batch, evaluations, a checkpoint every other step. Half of the kills (-9) come from outside and take
+all processes at once, as when a node dies; half from inside one rank, at each point of tests/faulty.py, among them amid a
+checkpoint and amid the weight sync. After each kill the log must be the beginning of the unbroken run's; in the end metrics
+and model must equal its, bit for bit. Exit status 1 if any is not, or if a run ends otherwise than by a kill.
 """
 
 import argparse
@@ -30,21 +31,25 @@ from tiny import command, make_model, make_world, metrics_of
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
-OFTEN = {"rollout": 40, "weight sync": 60, "checkpoint synced": 8, "checkpoint written": 3}  # calls in two steps or so
+OFTEN = {"rollout": 40, "weight sync": 60, "checkpoint synced": 8, "update": 6}  # calls in two steps or so
 
 
-def launch(ranks: int, out: str, config: train.Config, fault: list[str] | None, limit: float | None) -> int:
-    """Run train.py, with a fault inside or until all its processes are killed after `limit` seconds; the exit status."""
+def launch(ranks: int, out: str, config: train.Config, fault: list[str] | None, limit: float | None) -> int | None:
+    """Run train.py, with a fault inside or until all its processes are killed after `limit` seconds.
+
+    Returns its exit status, None if it was killed.
+    """
     script, *flags = command(config, out, "--resume")
     program = [script] if fault is None else [str(ROOT / "tests" / "faulty.py"), *fault]
     arguments = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *program, *flags]
-    with open(f"{out}.log", "a") as log:
+    with open(f"{out}.log", "w") as log:
         process = subprocess.Popen([sys.executable, *arguments], stdout=log, stderr=log)
         try:
-            return process.wait(limit)
+            status = process.wait(limit)
         except subprocess.TimeoutExpired:
             subprocess.run(["pkill", "-9", "-f", "--", f"--out {out}"])  # torchrun and its ranks
-            return process.wait()
+            status = process.wait()
+    return None if status < 0 or "Signal 9 (SIGKILL)" in Path(f"{out}.log").read_text() else status
 
 
 def progress(out: str) -> int:
@@ -64,6 +69,8 @@ def main() -> None:
     make_model(folder / "tiny")
     config = make_world(folder, str(folder / "tiny"))
     config = dataclasses.replace(config, engine=args.engine, steps=args.steps, save_every=2)
+    config = dataclasses.replace(config, algorithm="reinforce++", kl_coef=1e-3, updates_per_rollout=3)
+    config = dataclasses.replace(config, eval_every=3, eval_questions="q.jsonl")
     os.environ["OMP_NUM_THREADS"] = "1"
     os.chdir(folder)
 
@@ -78,9 +85,9 @@ def main() -> None:
         tell({"ranks": ranks, "steps": args.steps, "seconds": round(seconds[ranks], 1)})
     while kills < args.kills:
         chains += 1
-        ranks, out, status = 1 + chains % 2, f"{folder}/chain{chains}.", -9
+        ranks, out, status = 1 + chains % 2, f"{folder}/chain{chains}.", None
         expected = metrics_of(f"unbroken{ranks}")
-        while status:
+        while status is None:
             point, limit, fault = "outside, all at once", None, None
             if rng.random() < 0.5:
                 limit = rng.uniform(0.3, 1.0) * seconds[ranks]  # before that it is starting
@@ -91,6 +98,8 @@ def main() -> None:
             status = launch(ranks, out, config, fault, limit)
             logged = metrics_of(out)
             if status:
+                sys.exit(f"ended with status {status}, not killed: {Path(f'{out}.log').read_text()[-3000:]}")
+            if status is None:
                 kills += 1
                 good = logged == expected[: len(logged)]
                 at = point if fault is None else "{}, call {}, rank {}".format(*fault)

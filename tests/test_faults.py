@@ -148,6 +148,14 @@ def test_a_question_that_fills_the_context_ends_its_episode(tokenizer, scripted)
     assert episode.finish_reason == "length" and not any(episode.action_mask)
 
 
+def test_a_question_as_long_as_a_book_is_refused_by_name(tmp_path):
+    """Each of its samples would hold its tokens, and every tensor of the batch would be as wide."""
+    question = {"id": 0, "question": "w" * (retriever.MAX_QUESTION + 1), "answers": ["b"]}
+    (tmp_path / "q.jsonl").write_text(json.dumps(question))
+    with pytest.raises(ValueError, match=r"q\.jsonl:1: .*a question of 100001 characters"):
+        retriever.read_questions(tmp_path / "q.jsonl")
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A search backend that answers wrongly
 

@@ -459,11 +459,12 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         folder = os.open(self.path, os.O_RDONLY)
         try:
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)  # also of ranks that outlived their torchrun
+            try:
+                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:  # ranks that outlived their torchrun, for one
+                raise ValueError(f"{self.path}: another process is training in it") from None
             self._begin(step)
             yield
-        except BlockingIOError:
-            raise ValueError(f"{self.path}: another process is training in it") from None
         finally:
             os.close(folder)
 
@@ -473,8 +474,8 @@ class RunFolder:
             if file.exists():
                 with whole(file):
                     lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last new line is torn
-                    records = [json.loads(line) for line in lines]
-                    write_jsonl(file, [record for record in records if record["step"] <= step])
+                    kept = [record for record in map(json.loads, lines) if record["step"] <= step]
+                write_jsonl(file, kept)
         for path in checkpoints(self.path / "checkpoints"):
             if path.name[: len("step_000000")] > f"step_{step:06d}":  # damaged: out of the way of new ones
                 shutil.rmtree(aside := path.with_suffix(".damaged"), ignore_errors=True)
@@ -489,11 +490,15 @@ class RunFolder:
             self.board = SummaryWriter(self.path)
 
     def append(self, name: str, records: list[dict]) -> None:
-        if self.writes:
+        if not self.writes:
+            return
+        try:
             with open(self.path / name, "a", encoding="utf-8") as stream:
                 stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
                 stream.flush()
                 os.fsync(stream.fileno())  # before the checkpoint of its step
+        except OSError as error:
+            raise OSError(f"{self.path / name}: cannot be written ({error})") from None
 
     def say(self, line: str) -> None:
         if self.writes:

@@ -217,8 +217,8 @@ def shard(lm: nn.Module, config: Config, device: torch.device, frozen: bool = Fa
     )
     for layer in lm.base_model.layers:
         fully_shard(layer, **settings)
-    # embeddings and head, which belong to no layer, stay gathered for the backward pass; a frozen model has none
-    return fully_shard(policy, **settings, reshard_after_forward=frozen or None)
+    # embeddings and head, which belong to no layer, would by default stay whole until a backward pass: 2 GB for 7B
+    return fully_shard(policy, **settings, reshard_after_forward=True)
 
 
 def whole_parameters(policy: Policy) -> Iterator[tuple[str, Tensor]]:

@@ -241,14 +241,15 @@ def test_degenerate_batches_leave_finite_numbers(world, device, make, samples, k
 # Memory
 
 
-def test_a_frozen_model_keeps_nothing_gathered(world, device):
-    """Its embeddings and head, 2 GB of Llama's, stayed on every GPU."""
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_pass_without_gradient_leaves_nothing_gathered(world, device, frozen):
+    """Embeddings and head, 2 GB of Llama's, stayed on every GPU, and a weight sync met them where it expects shards."""
     from torch.distributed.tensor import DTensor
 
-    reference = train.load_policy(world, device, frozen=True)
+    policy = train.load_policy(world, device, frozen=frozen)
     config = dataclasses.replace(world, samples_per_prompt=3)
-    train.Batch(make_episodes(1, 3), config, device).log_probs(reference, [0, 1, 2])
-    assert all(isinstance(parameter, DTensor) for parameter in reference.parameters())
+    train.Batch(make_episodes(1, 3), config, device).log_probs(policy, [0, 1, 2])
+    assert all(isinstance(parameter, DTensor) for parameter in policy.parameters())
 
 
 def resident_mib() -> float:
@@ -368,7 +369,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(world, capsys,
     train.train(world, Path("a"), True, None)
     assert f"{newest} is damaged" in capsys.readouterr().err
     assert metrics_of("a") == expected
-    assert checkpoint_names() == [before, newest, f"{newest}.damaged"]  # made again, bit for bit
+    again, *others = (name for name in checkpoint_names() if name not in (before, f"{newest}.damaged"))
+    assert again.startswith("step_000003-") and not others
 
 
 def test_where_no_checkpoint_is_whole_nothing_is_begun_anew(world):
@@ -423,7 +425,7 @@ def test_killed_again_and_again_a_run_ends_as_one_that_was_not(world, ranks, kil
     assert metrics_of("killed") == metrics_of("unbroken")
     models = [(Path(run) / "model/model.safetensors").read_bytes() for run in ("unbroken", "killed")]
     assert models[0] == models[1]
-    assert checkpoint_names("unbroken") == [name for name in checkpoint_names("killed") if name >= "step_000002"]
+    assert [name[: len("step_000000")] for name in checkpoint_names("killed")][-2:] == ["step_000002", "step_000003"]
 
 
 def test_what_one_rank_cannot_do_ends_all_with_its_message(world):

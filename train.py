@@ -121,7 +121,9 @@ PRESETS: dict[str, dict[int, dict]] = {
     },
     "demo": {
         1: _DEMO | dict(reward="stage1", steps=8),
-        2: _DEMO | dict(reward="stage2", steps=24, model="demo/stage1/model", temperature=0.8, learning_rate=4e-5),
+        2: _DEMO
+        # not grpo: samples that agree on a wrong answer are to teach something too, or it answers every question alike
+        | dict(reward="stage2", steps=24, model="demo/stage1/model", temperature=0.8, algorithm="reinforce++"),
     },
 }
 

@@ -1,12 +1,12 @@
 """What grows in a long run: memory, open files and threads of train.py, and of the search server under load.
 
-    python benchmarks/soak.py train --minutes 30 --json         # in the folder that `python data_prep.py demo` made: demo/
+    python benchmarks/soak.py train --minutes 30 --json         # with what `make demo` made
     python benchmarks/soak.py serve --minutes 10 --json
 
-`train` is the demo's stage 1, checkpoints and all, with a learning rate so small that its work stays the same. `serve` asks
-a server with a BM25 index of the demo's passages, 16 clients at once; a tenth of their requests are malformed, too large or
-broken off. A sample a second, a line a minute. The last line has the growth after the first --settle minutes: what the last
-fifth of the samples since then shows, over what the first fifth shows.
+`train` is the demo's stage 2, checkpoints and all. `serve` asks a server with a BM25 index of the demo's passages, 16
+clients at once; a tenth of their requests are malformed, too large or broken off. A sample a second, a line a minute. The
+last line has the growth after the first --settle minutes: what the last fifth of the samples since then shows, over what the
+first fifth shows.
 """
 
 import argparse
@@ -51,8 +51,8 @@ def describe(samples: list[tuple[float, int, int]]) -> dict[str, float]:
 
 @contextmanager
 def training(demo: Path, folder: str) -> Iterator[subprocess.Popen]:
-    options = "--preset demo --stage 1 --learning_rate 1e-9 --steps 100000".split()
-    data = [f"--model={demo}/model", f"--questions={demo}/train.jsonl", f"--retriever={demo}/passages.jsonl"]
+    options = "--preset demo --stage 2 --steps 100000".split()
+    data = [f"--model={demo}/stage1/model", f"--questions={demo}/train.jsonl", f"--retriever={demo}/passages.jsonl"]
     with open(f"{folder}/log", "w") as log:
         command = [sys.executable, str(ROOT / "train.py"), *options, *data, f"--out={folder}/run"]
         process = subprocess.Popen(command, stdout=log, stderr=log)
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("what", choices=["train", "serve"])
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--settle", type=float, default=5, help="minutes that do not count")
-    parser.add_argument("--demo", type=Path, default=Path("demo"), help="folder of data_prep.py demo")
+    parser.add_argument("--demo", type=Path, default=Path("demo"), help="the folder that `make demo` made")
     parser.add_argument("--json", action="store_true", help="lines of JSON, in the last one the growth")
     args = parser.parse_args()
     tell = lambda row: print(json.dumps(row) if args.json else row, flush=True)  # noqa: E731

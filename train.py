@@ -465,6 +465,8 @@ class RunFolder:
                 fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:  # ranks that outlived their torchrun, for one
                 raise ValueError(f"{self.path}: another process is training in it") from None
+            except OSError:
+                pass  # a file system that does not lock folders, as NFS
             self._begin(step)
             yield
         finally:

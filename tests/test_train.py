@@ -1,6 +1,7 @@
 """The loop: configuration, gradients on one and two ranks, metrics, checkpoints, resume, export."""
 
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -402,6 +403,17 @@ def test_a_run_folder_takes_one_process_at_a_time(world, device):
         train.train(dataclasses.replace(world, steps=1), Path("a"), True, None)
     assert metrics_of("a") == []
     train.train(dataclasses.replace(world, steps=1), Path("a"), True, None)
+
+
+def test_a_file_system_that_does_not_lock_folders_takes_a_run(world, monkeypatch):
+    """NFS refuses to lock what is not open for writing, and a folder cannot be."""
+
+    def refuse(*_):
+        raise OSError(errno.EBADF, "Bad file descriptor")
+
+    monkeypatch.setattr(train.fcntl, "flock", refuse)
+    train.train(dataclasses.replace(world, steps=1), Path("a"), False, None)
+    assert len(metrics_of("a")) == 1
 
 
 def faulty(ranks: int, point: str, count: int, rank: int, death: str, *arguments: str) -> subprocess.CompletedProcess:

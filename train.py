@@ -269,7 +269,7 @@ def training_state(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str
 
 @contextmanager
 def writing(folder: Path) -> Iterator[None]:
-    """Make a folder. One that cannot be written whole, as on a full disk, goes, and is named in one line.
+    """While a folder is written: if it cannot be, as on a full disk, what is there of it goes, and it is named in one line.
 
     Raises:
         OSError: also for what safetensors and torch.distributed.checkpoint raise.

@@ -45,9 +45,11 @@ from retriever import (
     clean,
     open_retriever,
     parse_passage,
+    parse_question,
     read_jsonl,
     read_questions,
     user_errors,
+    whole,
     write_jsonl,
     write_text,
 )
@@ -323,8 +325,10 @@ def make_corpus(source: Path, out: Path, format: str, workers: int) -> None:
     if not partial.exists():
         note.unlink(missing_ok=True)
     if note.exists():
-        done = json.loads(note.read_text())
-        if done["origin"] != origin or partial.stat().st_size < done["bytes"]:
+        with whole(note, "remove it to begin again"):
+            before = json.loads(note.read_text())
+            done = {name: type(value)(before[name]) for name, value in done.items()}
+        if done["origin"] != origin or not 0 <= done["bytes"] <= partial.stat().st_size:
             raise ValueError(f"{note}: begun from {done['origin']}, not from {origin}; remove it to begin again")
     bar = tqdm(total=size, desc=str(out), unit="B", unit_scale=True, mininterval=1)
     with open(partial, "ab") as file, bar, ProcessPoolExecutor(workers, initializer=end_with_parent) as pool:
@@ -478,7 +482,7 @@ def roll_out_until_right(rollout, encode, questions: list[dict], verdicts: dict,
 
     for episode in rollout.run(episodes()):
         if episode.search_failures:
-            raise RuntimeError(f"{args.retriever}: {rollout.search_error!r}; the same command goes on from here")
+            raise RuntimeError(f"{args.retriever}: {rollout.search_error}; the same command goes on from here")
         q, scores = episode.question, judge(episode.segments, len(episode.queries), episode.question["answers"])
         verdicts[q["id"]].append(scores[args.right] == 1)
         if is_open(q["id"]):
@@ -490,12 +494,14 @@ def noted_verdicts(notes: Path, settings: dict, questions: list[dict]) -> dict[s
     """The verdicts that an interrupted call has noted, by id; what follows the last new line is torn and cut off."""
     verdicts = {q["id"]: [] for q in questions}
     lines = notes.read_bytes().split(b"\n")[:-1] if notes.exists() else []
-    before, *rollouts = map(json.loads, lines if len(lines) > 1 else [json.dumps(settings)])  # none yet: begin anew
-    for name, value in before.items():
-        if settings.get(name) != value:
-            raise ValueError(f"{notes}: begun with {name} {value}, not {settings.get(name)}; remove it to begin again")
-    for name, right in rollouts:
-        verdicts[name].append(right)
+    with whole(notes, "remove it to begin again"):
+        before, *rollouts = map(json.loads, lines if len(lines) > 1 else [json.dumps(settings)])  # none yet: begin anew
+        others = [(name, value) for name, value in before.items() if settings.get(name) != value]
+        for name, right in [] if others else rollouts:
+            verdicts[name].append(bool(right))
+    if others:
+        (name, value), *_ = others
+        raise ValueError(f"{notes}: begun with {name} {value}, not {settings.get(name)}; remove it to begin again")
     write_jsonl(notes, [settings, *rollouts])
     return verdicts
 
@@ -511,7 +517,7 @@ def make_difficulty(args: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     from reward import TAGS, load_prompt
-    from rollout import Limits, Rollout, make_engine, prompt_encoder
+    from rollout import ENGINES, Limits, Rollout, prompt_encoder
 
     search = open_retriever(args.retriever).search
     free = ("handler", "out", "gpu_memory_utilization")
@@ -522,7 +528,7 @@ def make_difficulty(args: argparse.Namespace) -> None:
     limits = Limits(**{name: getattr(args, name) for name in Limits.__dataclass_fields__})
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     encode = prompt_encoder(tokenizer, load_prompt(args.prompt_file))
-    engine = make_engine(args.engine, args.model, args.max_context, args.gpu_memory_utilization)
+    engine = ENGINES[args.engine](args.model, args.max_context, args.gpu_memory_utilization)
     rollout = Rollout(engine, tokenizer, search, TAGS, limits, deterministic=not torch.cuda.is_available())
     total = sum(len(v) if True in v else args.max_rollouts for v in verdicts.values())
     bar = tqdm(desc="at most", total=total, initial=sum(map(len, verdicts.values())), unit=" rollouts")
@@ -555,6 +561,18 @@ def parse_draw(text: str) -> tuple[str, str, int]:
     return dataset, difficulty, int(count)
 
 
+def read_counted(path: Path) -> list[dict]:
+    """The questions that `make_difficulty` wrote, with `rollouts` and `solved`; errors as in `read_jsonl`."""
+
+    def parse(record: dict) -> dict:
+        counts = {"rollouts": record["rollouts"], "solved": record["solved"]}
+        if [type(value) for value in counts.values()] != [int, bool]:
+            raise ValueError("rollouts must be a whole number, solved true or false")
+        return parse_question(record, path.stem) | counts
+
+    return read_jsonl(path, parse, "a question with rollouts and solved")
+
+
 def make_mix(args: argparse.Namespace) -> None:
     """Write the asked counts, in random order, without any question of the test sets or any text twice.
 
@@ -565,8 +583,7 @@ def make_mix(args: argparse.Namespace) -> None:
 
     refuse_to_overwrite(args.out)
     seen = {normalize(q["question"]) for file in args.exclude for q in read_questions(file)}
-    keys = ("id", "question", "answers", "dataset", "rollouts", "solved")
-    files = [read_jsonl(f, lambda r: {k: r[k] for k in keys}, f"a question with {', '.join(keys)}") for f in args.questions]
+    files = [read_counted(file) for file in args.questions]
     pools: dict[tuple[str, str], list[dict]] = {}
     for record in chain(*files):
         if (text := normalize(record["question"])) not in seen:
@@ -589,7 +606,7 @@ def make_mix(args: argparse.Namespace) -> None:
 
 def add_difficulty_arguments(parser: argparse.ArgumentParser) -> None:
     from reward import METRICS, PROMPTS
-    from rollout import Limits
+    from rollout import ENGINES, Limits
 
     add = parser.add_argument
     add("--questions", required=True, help="question file (JSONL)")
@@ -604,7 +621,7 @@ def add_difficulty_arguments(parser: argparse.ArgumentParser) -> None:
         help="the metric that is 1 of a right answer (default acc_r, the authors')",
     )
     add("--prompt_file", default="chat", help=f"one of {', '.join(PROMPTS)}, or a text file with {{question}} in it")
-    add("--engine", default="vllm", choices=["vllm", "transformers"])
+    add("--engine", default="vllm", choices=ENGINES, help="inference engine")
     add("--gpu_memory_utilization", type=float, default=0.9, help="the engine's share of the GPU")
     for name, value in vars(Limits()).items():
         add(f"--{name}", type=type(value), default=value, help=f"default {value}")

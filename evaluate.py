@@ -26,7 +26,7 @@ from pathlib import Path
 import retriever
 from retriever import MALFORMED, clean, fingerprint, read_jsonl, read_questions, texts, user_errors, write_jsonl, write_text
 from reward import FORMAT_RULES, JUDGE_PROMPT, METRICS, PROMPTS, TAGS, best, contiguous_match, judge, load_prompt, verdict
-from rollout import Episode, Limits, Rollout, derive_seed, make_engine, prompt_encoder
+from rollout import ENGINES, Episode, Limits, Rollout, derive_seed, prompt_encoder
 
 VERSION = 2  # of the protocol: to be raised when the same model would get other numbers
 
@@ -110,8 +110,11 @@ def measure_by_dataset(records: list[dict], summary: Callable[[list[dict]], dict
 def read_metrics(file: Path, part: str) -> dict:
     """The protocol or the results in a `metrics.json`."""
     text = file.read_bytes()
-    with retriever.whole(file):
-        return dict(json.loads(text)[part])
+    with retriever.whole(file, "make the evaluation again"):
+        found = dict(json.loads(text)[part])
+        if part == "results":
+            table(found)  # it can be shown
+        return found
 
 
 def read_results(folders: list[Path]) -> dict[str, dict]:
@@ -254,7 +257,7 @@ def roll_out(args: argparse.Namespace, questions: list[dict], journal: Path, pro
         search = retriever.open_retriever(args.retriever).search
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         encode = prompt_encoder(tokenizer, load_prompt(args.prompt_file))
-        engine = make_engine(args.engine, args.model, args.max_context, args.gpu_memory_utilization)
+        engine = ENGINES[args.engine](args.model, args.max_context, args.gpu_memory_utilization)
         limits = Limits(**{name: getattr(args, name) for name in Limits.__dataclass_fields__})
         rollout = Rollout(engine, tokenizer, search, TAGS, limits, deterministic=not on_gpu)
         size = GROUP if grouped else len(left)
@@ -528,7 +531,7 @@ def add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, help="Hugging Face folder")
     add("--retriever", required=True, help="passage file (JSONL), index folder, search server URL or web:PROVIDER")
     add("--prompt_file", default="base", help=f"one of {', '.join(PROMPTS)}, or a text file with {{question}} in it")
-    add("--engine", default="vllm", choices=["vllm", "transformers"])
+    add("--engine", default="vllm", choices=ENGINES, help="inference engine")
     add("--gpu_memory_utilization", type=float, default=0.9, help="the engine's share of the GPU")
     add("--seed", type=int, default=0, help="of the sampling, if any")
     for name, value in vars(Limits(documents_per_search=5, temperature=0.0)).items():  # 5 documents (official code)

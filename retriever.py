@@ -52,7 +52,8 @@ class Retriever(Protocol):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files: one JSON object a line
 
-MALFORMED = (ValueError, KeyError, TypeError, AttributeError, RecursionError)  # what comes of JSON that is not as expected
+# what comes of JSON that is not as expected
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 def scan_jsonl(path: str | Path, parse: Callable[[dict], dict], expected: str) -> Iterator[tuple[int, dict]]:
@@ -103,9 +104,24 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     with open(partial, "w", encoding="utf-8") as file:
         file.write(text)
-        file.flush()
-        os.fsync(file.fileno())  # a rename may else survive a power cut that what it names does not
+    publish(partial, path)
+
+
+def sync(path: Path) -> None:
+    """Put a file, or a folder's names, on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Name a file or folder once it is on the disk: a power cut may else leave the name and not what it names."""
+    for part in (*(partial.iterdir() if partial.is_dir() else ()), partial):
+        sync(part)
     partial.rename(path)
+    sync(path.parent)
 
 
 @contextmanager
@@ -114,22 +130,23 @@ def user_errors(program: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, OSError, RuntimeError) as error:
-        raised_in = Path(traceback.extract_tb(error.__traceback__)[-1].filename).resolve()
-        if not isinstance(error, OSError) and raised_in.parent != Path(__file__).resolve().parent:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        ours = Path(place.filename).resolve().parent == Path(__file__).resolve().parent and place.line.startswith("raise ")
+        if not (ours or isinstance(error, OSError)):
             raise
         print(f"{program}: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
 
 
 @contextmanager
-def whole(path: str | Path) -> Iterator[None]:
+def whole(path: str | Path, remedy: str = "build it again") -> Iterator[None]:
     """What a library cannot read is named."""
     try:
         yield
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a panic of tantivy's is no Exception
-        raise ValueError(f"{path}: damaged or of another version ({error!r:.200}); build it again") from None
+        raise ValueError(f"{path}: damaged or of another version ({error!r:.200}); {remedy}") from None
 
 
 def clean(text: str) -> str:
@@ -169,25 +186,23 @@ def texts(answers: str | bool | list | None) -> list[str]:
 MAX_QUESTION = 100_000  # characters: each of its samples holds its tokens, and each tensor of the batch is as wide
 
 
+def parse_question(record: dict, dataset: str) -> dict:
+    """Our own format or the released one, `{"idx", "question", "answer": str | list | bool}`; `dataset` if it names none."""
+    name, dataset = record["id"] if "id" in record else record["idx"], record.get("dataset") or dataset
+    question, answers = record["question"].strip(), texts(record["answers"] if "answers" in record else record["answer"])
+    if not question or not any(answers):
+        raise ValueError("a question without text or answer")
+    if len(question) > MAX_QUESTION:
+        raise ValueError(f"a question of {len(question)} characters, of at most {MAX_QUESTION}")
+    if not (isinstance(name, str | int) and isinstance(dataset, str)):
+        raise ValueError("id must be a string or a number, dataset a string")
+    answers = [clean(a) for a in answers if a]
+    return {"id": clean(str(name)), "question": clean(question), "answers": answers, "dataset": clean(dataset)}
+
+
 def read_questions(path: str | Path) -> list[dict]:
-    """Questions as `{"id", "question", "answers", "dataset"}`; errors as in `read_jsonl`.
-
-    Takes our own format and the released one, `{"idx", "question", "answer": str | list | bool}`.
-    """
-
-    def parse(record: dict) -> dict:
-        name, dataset = record["id"] if "id" in record else record["idx"], record.get("dataset") or Path(path).stem
-        question, answers = record["question"].strip(), texts(record["answers"] if "answers" in record else record["answer"])
-        if not question or not any(answers):
-            raise ValueError("a question without text or answer")
-        if len(question) > MAX_QUESTION:
-            raise ValueError(f"a question of {len(question)} characters, of at most {MAX_QUESTION}")
-        if not (isinstance(name, str | int) and isinstance(dataset, str)):
-            raise ValueError("id must be a string or a number, dataset a string")
-        answers = [clean(a) for a in answers if a]
-        return {"id": clean(str(name)), "question": clean(question), "answers": answers, "dataset": clean(dataset)}
-
-    return read_jsonl(path, parse, '{"id", "question", "answers"}')
+    """Questions as `{"id", "question", "answers", "dataset"}`; errors as in `read_jsonl`."""
+    return read_jsonl(path, lambda record: parse_question(record, Path(path).stem), '{"id", "question", "answers"}')
 
 
 def tokenize(text: str) -> list[str]:
@@ -309,7 +324,7 @@ class Encoder:
 
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
         try:
-            self.model = SentenceTransformer(model, device=device)
+            self.model = SentenceTransformer(model, device=device, model_kwargs={"use_safetensors": True})  # never a pickle
         except (OSError, ValueError) as error:
             raise ValueError(f"{model}: no encoder there ({str(error).splitlines()[0]})") from None
         if device != "cpu":
@@ -762,7 +777,8 @@ def open_retriever(source: str, backend: str = "auto", corpus: str | None = None
 # ---------------------------------------------------------------------------------------------------------------------
 # The search server
 
-MAX_QUERIES, MAX_K, MAX_BODY, MAX_SECONDS = 256, 100, 4 << 20, 30  # of one request: bytes of its body, seconds to send it
+MAX_QUERIES, MAX_K, MAX_BODY = 256, 100, 4 << 20  # of one request, the last in bytes
+MAX_SECONDS = 30  # for its head to arrive, and again for its body
 MAX_WAITING = 1024  # requests
 
 
@@ -896,13 +912,42 @@ def make_app(batcher: Batcher):
     return Starlette(routes=[*asked, Route("/health", health), Route("/ready", ready)], lifespan=lifespan)
 
 
+def impatient_http():
+    """uvicorn's HTTP over h11, which takes heads of up to 64 KiB, with a bound on their time too."""
+    import h11
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Protocol(H11Protocol):
+        timer: asyncio.TimerHandle | None = None  # runs while a request's head is awaited
+
+        def watch(self, awaited: bool) -> None:
+            if self.timer and not awaited:
+                self.timer = self.timer.cancel()
+            elif awaited and not self.timer:
+                self.timer = self.loop.call_later(MAX_SECONDS, self.transport.close)
+
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            self.watch(True)
+
+        def data_received(self, data):
+            super().data_received(data)
+            self.watch(self.conn.their_state is h11.IDLE)
+
+        def connection_lost(self, error):
+            super().connection_lost(error)
+            self.watch(False)
+
+    return Protocol
+
+
 def serve(open_source: Callable[[], Retriever], host: str, port: int) -> None:
     """Answer until SIGTERM or Ctrl-C; requests that were received by then are still answered."""
     import uvicorn
 
     listener = socket.create_server((host, port), backlog=1024)
     batcher, failures = Batcher(), []
-    server = uvicorn.Server(uvicorn.Config(make_app(batcher), log_level="warning", access_log=False))
+    server = uvicorn.Server(uvicorn.Config(make_app(batcher), http=impatient_http(), log_level="warning", access_log=False))
 
     def load() -> None:
         try:

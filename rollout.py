@@ -147,7 +147,7 @@ class Rollout:
     def __init__(self, engine: Engine, tokenizer, search, tags, limits: Limits, deterministic: bool = False):
         self.engine, self.tokenizer, self.search, self.tags = engine, tokenizer, search, tags
         self.limits, self.deterministic = limits, deterministic
-        self.search_error: BaseException | None = None  # the last one, for the message that stops a run
+        self.search_error = ""  # the last one, for the message that stops a run
         self._encode = data_encoder(tokenizer)
         # A documents block's tokens lie within so many characters, as none is longer than the vocabulary's longest. A cut
         # there changes the word that it hits, which in text lies far behind them: words have a few characters, the longest
@@ -243,7 +243,7 @@ class Rollout:
             results = self.search(queries, self.limits.documents_per_search)
             return [(self._encode_documents(passages), False) for _, passages in zip(queries, results, strict=True)]
         except BaseException as error:  # tantivy's panics are no Exception. The run counts what failed and goes on
-            self.search_error = error
+            self.search_error = repr(error)  # a panic cannot be pickled for the other ranks
             return [(self._encode_documents([]), True) for _ in queries]
 
     def _encode_documents(self, passages: list[dict[str, str]]) -> list[int]:
@@ -281,7 +281,7 @@ class VLLMEngine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must share this process to share its weights
         if not self.on_gpu:
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")  # GiB
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # leaves the trainer's threads free
         from vllm import LLM
 
@@ -409,6 +409,8 @@ class TransformersEngine:
     def wake_up(self): ...
 
 
-def make_engine(kind: str, model: str, max_context: int, gpu_memory_utilization: float) -> Engine:
-    """The engine that `--engine` names."""
-    return VLLMEngine(model, max_context, gpu_memory_utilization) if kind == "vllm" else TransformersEngine(model)
+# what `--engine` names, made from (model, max_context, gpu_memory_utilization)
+ENGINES: dict[str, Callable[[str, int, float], Engine]] = {
+    "vllm": VLLMEngine,
+    "transformers": lambda model, *_: TransformersEngine(model),
+}

@@ -40,9 +40,9 @@ from tqdm import tqdm
 
 from evaluate import answer, grade, record, summarize
 from reinforce_pp import ALGORITHMS, Batch, Policy
-from retriever import fingerprint, open_retriever, read_questions, user_errors, whole, write_jsonl, write_text
+from retriever import fingerprint, open_retriever, publish, read_questions, user_errors, whole, write_jsonl, write_text
 from reward import PROMPTS, REWARDS, TAGS, load_prompt
-from rollout import Episode, Limits, Rollout, derive_seed, make_engine, prompt_encoder
+from rollout import ENGINES, Episode, Limits, Rollout, derive_seed, prompt_encoder
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Configuration
@@ -73,9 +73,9 @@ class Config:
     model: str = option("Qwen/Qwen2.5-7B", "Hugging Face folder or hub name")
     questions: str = option("data/stage_1.jsonl", "training questions (JSONL)")
     eval_questions: str = option("", "held-out questions (JSONL) for --eval_every")
-    retriever: str = option("data/passages.jsonl", "passage file (JSONL), index folder, search server URL or web:PROVIDER")
+    retriever: str = option("data/bm25", "passage file (JSONL), index folder, search server URL or web:PROVIDER")
     prompt_file: str = option("base", f"one of {', '.join(PROMPTS)}, or a text file with {{question}} in it")
-    engine: str = option("vllm", "inference engine", ["vllm", "transformers"])
+    engine: str = option("vllm", "inference engine", list(ENGINES))
     seed: int = option(0, "of data order and sampling")
     steps: int = option(128, "rollout batches")
     prompts_per_step: int = option(64, "questions in a rollout batch (official scripts)")
@@ -185,6 +185,8 @@ def start_distributed() -> torch.device:
             os.environ.setdefault(name, value)
         if on_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        for cache in () if on_gpu else ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+            os.environ.setdefault(cache, "64")  # kernels, one a shape; the default of 1,024 is 0.9 GiB of shapes long gone
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=SLOWEST)
     return torch.device("cuda" if on_gpu else "cpu")
 
@@ -243,10 +245,10 @@ def export(policy: Policy, model: str, out: Path, step: int) -> None:
             policy.lm.config.save_pretrained(partial)
             AutoTokenizer.from_pretrained(model).save_pretrained(partial)
             write_text(partial / STEP_OF_MODEL, str(step))
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            out.rename(old)
-        partial.rename(out)
+            shutil.rmtree(old, ignore_errors=True)
+            if out.exists():
+                out.rename(old)
+            publish(partial, out)
         shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
 
@@ -308,21 +310,11 @@ def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimiz
         dist.barrier()
         if writes:
             write_text(partial / "progress.json", json.dumps(progress))
-            for path in (*partial.iterdir(), partial):
-                sync(path)
+            publish(partial, folder / f"{name}-{fingerprint(partial)[:16]}")
     if writes:
-        partial.rename(folder / f"{name}-{fingerprint(partial)[:16]}")
-        sync(folder)
         for old in checkpoints(folder)[:-KEEP_CHECKPOINTS]:
             shutil.rmtree(old)
     dist.barrier()
-
-
-def sync(path: Path) -> None:
-    """Put a file, or a folder's names, on the disk: a rename may else survive a power cut that what it names does not."""
-    descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -429,31 +421,19 @@ def optimize(
 
 
 class RunFolder:
-    """config.json, metrics.jsonl, trajectories.jsonl, checkpoints/ and, at the end, model/. Rank 0 writes, once `begun`.
+    """config.json, metrics.jsonl, trajectories.jsonl, checkpoints/ and, at the end, model/. Only rank 0 reads and writes."""
 
-    Raises:
-        ValueError: the folder holds a run already and `resume` is off, or a run with another configuration.
-    """
-
-    def __init__(self, path: Path, config: Config, resume: bool, log: str | None):
+    def __init__(self, path: Path, config: Config, log: str | None):
         self.path, self.writes, self.logger, self.board = path, dist.get_rank() == 0, log, None
-        self.config, file = dataclasses.asdict(config), path / "config.json"
-        if any((path / name).exists() for name in ("metrics.jsonl", "checkpoints")):
-            if not resume:
-                raise ValueError(f"{path}: holds a run already; --resume goes on with it, --out names another folder")
-            with whole(file):
-                before = dict(json.loads(file.read_text()))
-            for name, value in self.config.items():
-                if name not in MAY_CHANGE and value != before.get(name):
-                    raise ValueError(f"{file}: this run has --{name} {before.get(name)}, not {value}")
-        dist.barrier()  # all ranks have looked before one writes
+        data = [file for file in (config.questions, config.prompt_file) if Path(file).is_file()]
+        self.config, self.contents = dataclasses.asdict(config), {file: fingerprint(file) for file in data}
 
     @contextmanager
-    def begun(self, step: int) -> Iterator[None]:
-        """Hold the folder; drop what a lost stretch has logged after `step`, so that no step stands twice.
+    def held(self, resume: bool) -> Iterator[None]:
+        """Keep other processes out.
 
         Raises:
-            ValueError: another process holds it, or a log is damaged.
+            ValueError: another process holds the folder; there is a run in it and `resume` is off, or another run.
         """
         if not self.writes:
             yield
@@ -467,13 +447,44 @@ class RunFolder:
                 raise ValueError(f"{self.path}: another process is training in it") from None
             except OSError:
                 pass  # a file system that does not lock folders, as NFS
-            self._begin(step)
+            self._refuse_another(resume)
             yield
         finally:
             os.close(folder)
 
-    def _begin(self, step: int) -> None:
-        write_text(self.path / "config.json", json.dumps(self.config, indent=1))  # --resume needs it whole
+    def _refuse_another(self, resume: bool) -> None:
+        if not any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+            return
+        if not resume:
+            raise ValueError(f"{self.path}: holds a run already; --resume goes on with it, --out names another folder")
+        with whole(file := self.path / "config.json", "give another --out"):
+            before = dict(json.loads(file.read_text()))
+        for name, value in self.config.items():
+            if name not in MAY_CHANGE and value != before.get(name):
+                raise ValueError(f"{file}: this run has --{name} {before.get(name)}, not {value}")
+        if before.get("contents") != self.contents:
+            raise ValueError(f"{file}: {' or '.join(self.contents)} has changed since this run began; give another --out")
+
+    def progress(self, resume: bool) -> tuple[Path | None, dict, bool]:
+        """The checkpoint to go on from, if any, how far it is, and whether a model of that step is there; on all ranks."""
+        found = [None]
+        if self.writes:
+            path, progress = newest_checkpoint(self.path / "checkpoints") if resume else (None, START)
+            exported = self.path / "model" / STEP_OF_MODEL
+            found = [(path, progress, exported.exists() and exported.read_text() == str(progress["step"]))]
+        dist.broadcast_object_list(found)
+        return found[0]
+
+    def begin(self, step: int) -> None:
+        """Drop what a lost stretch has logged after `step`, so that no step stands twice.
+
+        Raises:
+            ValueError: a log is damaged.
+        """
+        if not self.writes:
+            return
+        config = self.config | {"contents": self.contents}
+        write_text(self.path / "config.json", json.dumps(config, indent=1))  # --resume needs it whole
         for file in (self.path / "metrics.jsonl", self.path / "trajectories.jsonl"):
             if file.exists():
                 with whole(file):
@@ -526,7 +537,7 @@ class Trainer:
         search = open_retriever(config.retriever).search
         tokenizer = AutoTokenizer.from_pretrained(config.model)
         self.encode = prompt_encoder(tokenizer, load_prompt(config.prompt_file))
-        self.engine = make_engine(config.engine, config.model, config.max_context, config.gpu_memory_utilization)
+        self.engine = ENGINES[config.engine](config.model, config.max_context, config.gpu_memory_utilization)
         self.engine.sleep()
         self.policy = load_policy(config, device)
         self.reference = load_policy(config, device, frozen=True) if config.kl_coef > 0 else None
@@ -556,7 +567,7 @@ class Trainer:
         metrics = {"step": step + 1} | summarize([record(episode) for episode in episodes])
         if metrics["search_failures"] > MAX_SEARCH_FAILURES:
             reasons = [reason for share in gather([self.sampling.search_error]) for reason in share if reason]
-            raise RuntimeError(f"{metrics['search_failures']:.0%} of the searches failed: {reasons[0]!r}")
+            raise RuntimeError(f"{metrics['search_failures']:.0%} of the searches failed: {reasons[0]}")
         if config.eval_every and step % config.eval_every == 0:
             metrics |= timed("eval", self.evaluate)
         self.engine.sleep()
@@ -584,21 +595,19 @@ class Trainer:
 def train(config: Config, out: Path, resume: bool, log: str | None) -> None:
     """Run `config.steps` iterations, or what is left of them, and export the model to `out`/model."""
     device = start_distributed()
-    run = RunFolder(out, config, resume, log)
-    found = [newest_checkpoint(out / "checkpoints") if resume and run.writes else (None, START)]
-    dist.broadcast_object_list(found)  # rank 0 chooses for all
-    path, progress = found[0]
-    if progress["step"] > config.steps:
-        raise ValueError(f"{out}: the run is at step {progress['step']}, past --steps {config.steps}; give another --out")
-    exported = out / "model" / STEP_OF_MODEL
-    if progress["step"] == config.steps and exported.exists() and exported.read_text() == str(config.steps):
-        run.say(f"{out}: finished at step {config.steps}; the model is {out / 'model'}")
-        return
-    trainer = Trainer(config, device)
-    if path is not None:
-        load_checkpoint(path, trainer.policy, trainer.optimizer, progress)
-    start = progress["step"]
-    with run.begun(start):
+    run = RunFolder(out, config, log)
+    with run.held(resume):
+        path, progress, exported = run.progress(resume)
+        start = progress["step"]
+        if start > config.steps:
+            raise ValueError(f"{out}: the run is at step {start}, past --steps {config.steps}; give another --out")
+        if start == config.steps and exported:
+            run.say(f"{out}: finished at step {start}; the model is {out / 'model'}")
+            return
+        trainer = Trainer(config, device)
+        if path is not None:
+            load_checkpoint(path, trainer.policy, trainer.optimizer, progress)
+        run.begin(start)
         for step in tqdm(range(start, config.steps), "steps", config.steps, initial=start, disable=not run.writes):
             metrics, episodes = trainer.iterate(progress)
             run.log(metrics)
@@ -643,10 +652,12 @@ def end(error: BaseException) -> None:
     """End this process as the error says and at once: sys.exit would wait for collectives that the others are not in."""
     if isinstance(error, SystemExit) and not error.code:
         raise error
-    if not isinstance(error, SystemExit):
-        traceback.print_exception(error)
-    sys.stdout.flush()
-    os._exit(2 if isinstance(error, SystemExit) else 1)
+    try:
+        if not isinstance(error, SystemExit):
+            traceback.print_exception(error)
+        sys.stdout.flush()
+    finally:  # also where nothing can be written any more
+        os._exit(2 if isinstance(error, SystemExit) else 1)
 
 
 if __name__ == "__main__":

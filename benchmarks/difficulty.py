@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import data_prep
 import reward
 from retriever import open_retriever, read_questions
-from rollout import Limits, Rollout, make_engine, prompt_encoder
+from rollout import Limits, Rollout, VLLMEngine, prompt_encoder
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     questions = read_questions(str(args.demo / "train.jsonl"))[: args.questions]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     limits = Limits(max_searches=3, documents_per_search=1, max_turn_tokens=48, max_context=768, temperature=0.7)
-    search, engine = open_retriever(str(args.demo / "passages.jsonl")).search, make_engine("vllm", args.model, 768, 0.9)
+    search, engine = open_retriever(str(args.demo / "passages.jsonl")).search, VLLMEngine(args.model, 768, 0.9)
     rollout = Rollout(engine, tokenizer, search, reward.TAGS, limits, deterministic=True)
     encode, judge = prompt_encoder(tokenizer, reward.PROMPTS["demo"]), reward.judge
     options = argparse.Namespace(max_rollouts=args.max_rollouts, seed=0, right="acc_r", retriever="demo")

@@ -196,6 +196,19 @@ def test_an_empty_or_wrong_factory_or_index_is_one_line(encoder_folder, corpus, 
         assert "\n" not in str(error.value)
 
 
+def test_an_encoder_that_is_a_pickle_is_refused(encoder_folder, corpus, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file
+
+    shutil.copytree(encoder_folder, tmp_path / "e")
+    (weights,) = (tmp_path / "e").rglob("*.safetensors")
+    torch.save(load_file(weights), weights.with_name("pytorch_model.bin"))
+    weights.unlink()
+    with pytest.raises(ValueError, match="no encoder there"):
+        Encoder(str(tmp_path / "e"))
+
+
 def test_the_command_line(encoder_folder, tmp_path):
     write(tmp_path / "corpus.jsonl", PASSAGES[:20])
     words = ["--kind", "dense", "--corpus", tmp_path / "corpus.jsonl", "--out", tmp_path / "index"]

@@ -230,7 +230,7 @@ def test_a_passage_is_cut_where_its_tokens_end(tokenizer, parts):
 
 KEYS = """
     id _id idx question answer answers answer_aliases answerable dataset title text contents pred_ans judge_reply
-    wikipedia_id wikipedia_title
+    wikipedia_id wikipedia_title rollouts solved results
 """.split()
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.sampled_from([10**30, "\ud800"])
@@ -241,6 +241,7 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 RECORD = {key: "x" for key in KEYS if key != "contents"} | {"answers": ["x"], "answer_aliases": [], "text": ["x", "y"]}
+RECORD |= {"rollouts": 3, "solved": True, "results": {"d": {"n": 2, "em": 0.5, "intervals": {"em": [0.1, 0.9]}}}}
 RECORDS = st.one_of(  # one value or key of a good record is wrong; or nothing is right
     st.builds(
         lambda n, key, value: RECORD | {"id": n, "_id": n, "idx": n, key: value},
@@ -314,8 +315,16 @@ def use_outputs(outputs):
     assert [evaluate.JUDGE_PROMPT.format(**o) for o in outputs]
 
 
+def use_counted(questions):
+    use_questions(questions)
+    assert {data_prep.level(q["rollouts"], q["solved"]) for q in questions} <= {"easy", "medium", "hard"}
+
+
 READERS = {
     "questions": (retriever.read_questions, use_questions),
+    "counted questions": (data_prep.read_counted, use_counted),
+    "noted verdicts": (lambda path: data_prep.noted_verdicts(path, {}, [{"id": "x"}]), can_be_written),
+    "results": (lambda path: evaluate.read_metrics(path, "results"), evaluate.table),
     "passages": (retriever.read_passages, use_passages),
     "passages to search": (lambda path: [p for p, in retriever.open_retriever(str(path)).search(["x"], 1)], can_be_written),
     "outputs": (evaluate.read_outputs, use_outputs),
@@ -335,6 +344,26 @@ def test_a_hostile_file_is_read_or_refused_by_name(tmp_path_factory, reader, dat
     path.write_bytes(data)
     if (result := read_or_refuse(lambda: read(path), path)) is not None:
         use(result)
+
+
+def test_only_what_is_raised_on_purpose_ends_in_one_line(capsys):
+    """What the interpreter raises in a line of ours is a bug, and its traceback is wanted."""
+    with pytest.raises(ValueError, match="not enough values to unpack"), retriever.user_errors("program"):
+        data_prep.parse_draw("hotpotqa:easy")
+    with pytest.raises(SystemExit), retriever.user_errors("program"):
+        retriever.open_retriever("web:nobody")
+    assert capsys.readouterr().err.startswith("program: web:nobody: the providers are ")
+
+
+@pytest.mark.parametrize(
+    "data", [b"{", b"[]", b"\xff", b'{"origin": 1}', b'{"origin": {}, "chunks": "x", "bytes": 0, "passages": 0}']
+)
+def test_a_note_of_a_conversion_that_is_not_ours_is_refused_by_name(tmp_path, data):
+    source, out, note = tmp_path / "s.jsonl", tmp_path / "out.jsonl", tmp_path / "out.jsonl.progress"
+    source.write_text('{"wikipedia_id": 1, "wikipedia_title": "T", "text": ["x", "y"]}\n')
+    note.write_bytes(data)
+    (tmp_path / "out.jsonl.partial").touch()
+    read_or_refuse(lambda: data_prep.make_corpus(source, out, "kilt", 1) or pytest.fail("it was not refused"), note)
 
 
 @pytest.fixture(scope="module")

@@ -34,6 +34,9 @@ CORPUS = [
 ]
 
 
+WAITS = retriever.WAITS
+
+
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
     """Retries follow at once."""
@@ -199,6 +202,53 @@ def test_a_server_stops_at_a_signal_as_soon_as_it_is_ready_and_with_a_stalled_cl
         assert server.stop()[0] == 0  # within the 60 s of stop
 
 
+@pytest.fixture
+def impatient(monkeypatch):
+    """The port of a server that waits half a second for a request."""
+    import uvicorn
+
+    monkeypatch.setattr(retriever, "MAX_SECONDS", 0.5)
+    batcher = retriever.Batcher()
+    batcher.retriever = TantivyBM25.build(PASSAGES)
+    server = uvicorn.Server(uvicorn.Config(retriever.make_app(batcher), http=retriever.impatient_http(), log_level="error"))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        yield listener.getsockname()[1]
+        server.should_exit = True
+        thread.join()
+
+
+WHOLE = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize("before", [b"", WHOLE])
+@pytest.mark.parametrize("pieces", [[], [b"GET /hea"], [b"GET /health HTTP/1.1\r\n", *[b"X: x\r\n"] * 1000]])
+def test_a_head_that_does_not_end_does_not_keep_its_connection(impatient, before, pieces):
+    with socket.create_connection(("127.0.0.1", impatient)) as client:
+        client.settimeout(10)
+        if before:  # a good one on the same connection
+            client.sendall(before)
+            assert client.recv(10_000).startswith(b"HTTP/1.1 200")
+        begin = time.monotonic()
+        with contextlib.suppress(OSError):  # it is closed meanwhile
+            for piece in pieces:
+                client.sendall(piece)
+                time.sleep(0.01)
+            while client.recv(10_000):
+                pass
+        assert time.monotonic() - begin < 8
+    assert requests.get(f"http://127.0.0.1:{impatient}/health").status_code == 200
+
+
+def test_a_head_of_megabytes_is_refused(impatient):
+    try:
+        status = requests.get(f"http://127.0.0.1:{impatient}/health", headers={"X": "x" * 2_000_000}).status_code
+    except requests.exceptions.RequestException:
+        status = 400  # it was closed before all was sent
+    assert status == 400
+
+
 def test_an_index_that_does_not_open_stops_the_server(tmp_path):
     command = [sys.executable, retriever.__file__, "serve", "--index", str(tmp_path / "none"), "--port", "0"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -321,6 +371,7 @@ def flood(handler):
 
 
 HANGS_UP, RESETS, SLEEPS, DRIPS, FLOODS = ((behave, b"", {}) for behave in (hang_up, reset, sleep, drip, flood))
+GIGANTIC = (200, b'{"results": [[{"id": "1", "title": "T", "text": "%b"}]]}' % (b"word " * 4_000_000), {})
 HALF, NESTED = (200, b'{"results": [[{"id"', {}), (200, b"[" * 100_000, {})
 GOOD = (200, json.dumps({"results": [[PASSAGES[0]]]}).encode(), {})
 
@@ -373,6 +424,8 @@ def test_after_the_last_try_there_is_one_clear_line(misbehaving, monkeypatch, an
 
 
 def test_a_server_that_is_down_for_a_while_is_waited_for(monkeypatch):
+    """Half a minute and more; here a second."""
+    assert sum(WAITS) > 30
     monkeypatch.setattr(retriever, "WAITS", (0.2,) * 20)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
@@ -418,12 +471,13 @@ def test_no_try_begins_after_the_bound_whatever_the_server_asks_for(misbehaving,
         ((200, b'{"results": [[], []]}', {}), 1, "(no results)"),
         ((200, b'{"results": [[]]}', {}), 0, "(no results)"),
         (GOOD, 0, "(1)Red Harbor   A film directed by Peter Lane.\n<"),  # one passage for a k of 3
+        (GIGANTIC, 0, "word word\n<|end_of_documents|>"),
     ],
 )
 def test_what_the_server_does_is_counted_and_the_episode_goes_on(
     misbehaving, monkeypatch, play, answer, failures, documents
 ):
-    monkeypatch.setattr(retriever, "TIMEOUT", (5, 0.1))
+    monkeypatch.setattr(retriever, "TIMEOUT", (5, 1))
     misbehaving.answers.append(answer)
     episode, _ = play([ASK, TELL], search=Remote(misbehaving.url).search)
     assert (episode.search_failures, episode.queries, episode.finish_reason) == (failures, ["red harbor"], "answer")

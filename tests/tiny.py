@@ -102,6 +102,22 @@ def metrics_of(out) -> list[dict]:
     ]
 
 
+def state_of(out) -> dict:
+    """Parameters and moments of the run's newest checkpoint, whole tensors in fp32, whatever the number of ranks."""
+    import torch
+    import torch.distributed.checkpoint as dcp
+
+    newest = str(train.checkpoints(Path(out, "checkpoints"))[-1])
+    described = dcp.HuggingFaceStorageReader(newest).read_metadata().state_dict_metadata
+    state = {name: torch.empty(tensor.size, dtype=tensor.properties.dtype) for name, tensor in described.items()}
+    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(newest), no_dist=True)
+    return state
+
+
+def equal_states(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+
+
 def command(config: train.Config, out: str, *flags: str) -> list[str]:
     given = [f"--{k}={v}" for k, v in dataclasses.asdict(config).items() if not isinstance(v, bool) and v != ""]
     return [train.__file__, "--preset", "demo", "--stage", "2", "--out", out, *given, *flags]

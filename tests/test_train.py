@@ -459,7 +459,7 @@ def faulty(ranks: int, point: str, count: int, rank: int, death: str, *arguments
     return torchrun(ranks, str(HERE / "faulty.py"), point, str(count), str(rank), death, *arguments)
 
 
-ONE_RANK = [("weight sync", 60, 0), ("checkpoint written", 2, 0), ("old checkpoint removed", 2, 0), ("export", 2, 0)]
+ONE_RANK = [("weight sync", 60, 0), ("checkpoint written", 1, 0), ("old checkpoint removed", 1, 0), ("export", 2, 0)]
 TWO_RANKS = [("update", 2, 1), ("shard serialised", 1, 1)]
 
 
@@ -555,6 +555,23 @@ def test_no_key_of_the_environment_is_in_a_run_folder(world, monkeypatch, capfd)
     assert "sentinel-" not in "".join(capfd.readouterr())
 
 
+SHAPES = """
+import torch, train
+train.start_distributed()
+layer, resident = torch.nn.Linear(576, 1536, dtype=torch.bfloat16), []
+for rows in range(1, 401):
+    layer(torch.ones(rows, 576, dtype=torch.bfloat16)).sum().backward()
+    resident.append(int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20)
+print(resident[-1] - resident[49])
+"""
+
+
+def test_what_was_compiled_for_past_shapes_goes_on_a_cpu():
+    """Every micro-batch has a shape of its own; on a CPU with AMX 350 shapes of this one layer made 701 MiB, now 65."""
+    result = subprocess.run([sys.executable, "-c", SHAPES], cwd=HERE.parent, capture_output=True, text=True)
+    assert int(result.stdout) < 200, result.stderr
+
+
 def test_tensorboard(world):
     train.train(dataclasses.replace(world, steps=1), Path("a"), False, "tensorboard")
     assert list(Path("a").glob("events.out.*"))
@@ -590,14 +607,25 @@ def test_the_real_vllm_on_two_ranks_then_resumed_on_one(world, tmp_path):
 
 def test_the_same_batches_on_one_rank_and_on_two_and_resumed_on_the_other(world):
     """The transformers engine's samples do not depend on what else is running: the runs differ by rounding only."""
-    config = dataclasses.replace(world, steps=2, samples_per_prompt=8, learning_rate=1e-5)
-    for ranks in (1, 2):
-        for steps, run in ((2, f"r{ranks}"), (1, f"resumed{3 - ranks}")):
-            result = torchrun(ranks, *command(dataclasses.replace(config, steps=steps), run))
+
+    def go(ranks: int, run: str, steps: int) -> None:
+        config = dataclasses.replace(world, steps=steps, samples_per_prompt=8, learning_rate=1e-5)
+        if ranks == 1:
+            train.train(config, Path(run), True, None)
+        else:
+            result = torchrun(ranks, *command(config, run, "--resume"))
             assert result.returncode == 0, result.stderr[-3000:]
+
     for ranks in (1, 2):
-        result = torchrun(ranks, *command(config, f"resumed{ranks}", "--resume"))
-        assert result.returncode == 0, result.stderr[-3000:]
+        go(ranks, f"r{ranks}", 2)
+        go(ranks, f"resumed{3 - ranks}", 1)
+    for ranks in (1, 2):
+        model = Path(f"resumed{ranks}/model/model.safetensors")
+        before = model.read_bytes()
+        shutil.rmtree(model.parent)
+        go(ranks, f"resumed{ranks}", 1)  # nothing is left to do but the export, of what was read
+        assert model.read_bytes() == before
+        go(ranks, f"resumed{ranks}", 2)
     one, *others = ((metrics_of(run), trajectories_of(run), state_of(run)) for run in ("r1", "r2", "resumed1", "resumed2"))
     assert [row["updates"] for row in one[0]] == [1, 1]
     for metrics, trajectories, state in others:
@@ -607,18 +635,6 @@ def test_the_same_batches_on_one_rank_and_on_two_and_resumed_on_the_other(world)
         for moment in train.MOMENTS:  # without those of step 1 they would be off by half
             sums = [torch.cat([t.flatten() for name, t in s.items() if name.startswith(moment)]) for s in (state, one[2])]
             assert (sums[0] - sums[1]).norm() < 0.05 * sums[1].norm()
-
-
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_a_checkpoint_is_the_same_on_another_number_of_ranks(world, ranks):
-    """Nothing is left to do but the export, of what was read."""
-    config = dataclasses.replace(world, steps=1)
-    assert torchrun(3 - ranks, *command(config, "a")).returncode == 0
-    model = Path("a/model/model.safetensors")
-    before = model.read_bytes()
-    shutil.rmtree("a/model")
-    assert torchrun(ranks, *command(config, "a", "--resume")).returncode == 0
-    assert model.read_bytes() == before and len(metrics_of("a")) == 1
 
 
 def trajectories_of(run: str) -> list[tuple]:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -110,7 +111,8 @@ def state_of(out) -> dict:
     newest = str(train.checkpoints(Path(out, "checkpoints"))[-1])
     described = dcp.HuggingFaceStorageReader(newest).read_metadata().state_dict_metadata
     state = {name: torch.empty(tensor.size, dtype=tensor.properties.dtype) for name, tensor in described.items()}
-    dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(newest), no_dist=True)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that no other rank takes part
+        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(newest), no_dist=True)
     return state
 
 

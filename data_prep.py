@@ -496,12 +496,13 @@ def noted_verdicts(notes: Path, settings: dict, questions: list[dict]) -> dict[s
     lines = notes.read_bytes().split(b"\n")[:-1] if notes.exists() else []
     with whole(notes, "remove it to begin again"):
         before, *rollouts = map(json.loads, lines if len(lines) > 1 else [json.dumps(settings)])  # none yet: begin anew
-        others = [(name, value) for name, value in before.items() if settings.get(name) != value]
-        for name, right in [] if others else rollouts:
+        before = dict(before)
+    for name, value in before.items():
+        if settings.get(name) != value:
+            raise ValueError(f"{notes}: begun with {name} {value}, not {settings.get(name)}; remove it to begin again")
+    with whole(notes, "remove it to begin again"):
+        for name, right in rollouts:
             verdicts[name].append(bool(right))
-    if others:
-        (name, value), *_ = others
-        raise ValueError(f"{notes}: begun with {name} {value}, not {settings.get(name)}; remove it to begin again")
     write_jsonl(notes, [settings, *rollouts])
     return verdicts
 

@@ -185,8 +185,9 @@ def start_distributed() -> torch.device:
             os.environ.setdefault(name, value)
         if on_gpu:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        for cache in () if on_gpu else ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
-            os.environ.setdefault(cache, "64")  # kernels, one a shape; the default of 1,024 is 0.9 GiB of shapes long gone
+        else:
+            for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+                os.environ.setdefault(cache, "64")  # kernels, one a shape; the default of 1,024 keeps 0.9 GiB of past ones
         dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=SLOWEST)
     return torch.device("cuda" if on_gpu else "cpu")
 

@@ -22,15 +22,15 @@ EVALUATE = $(BIN)/python evaluate.py run --questions $(DEMO)/heldout.jsonl $(DAT
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
-	$(BIN)/python data_prep.py demo --out $(DEMO) --seed $(SEED)
+	$(BIN)/python tools/demo.py --out $(DEMO) --seed $(SEED)
 	$(EVALUATE) --model $(DEMO)/model --out $(DEMO)/eval-untrained
 	$(TRAIN) --stage 1 --steps $(STEPS_1) --model $(DEMO)/model --out $(DEMO)/stage1
 	$(EVALUATE) --model $(DEMO)/stage1/model --out $(DEMO)/eval-stage1-$(STEPS_1)
 	$(TRAIN) --stage 2 --steps $(STEPS) --model $(DEMO)/stage1/model --out $(DEMO)/stage2
 	$(EVALUATE) --model $(DEMO)/stage2/model --out $(DEMO)/eval-stage2-$(STEPS)
-	$(BIN)/python evaluate.py plot --runs $(DEMO)/stage1 $(DEMO)/stage2 --out $(DEMO)/curves.png \
+	$(BIN)/python tools/report.py plot --runs $(DEMO)/stage1 $(DEMO)/stage2 --out $(DEMO)/curves.png \
 		--evaluations $(DEMO)/eval-untrained $(DEMO)/eval-stage1-$(STEPS_1) $(DEMO)/eval-stage2-$(STEPS)
-	$(BIN)/python evaluate.py report $(DEMO)/stage1 $(DEMO)/stage2 $(DEMO)/eval-untrained $(DEMO)/eval-stage1-$(STEPS_1) \
+	$(BIN)/python tools/report.py report $(DEMO)/stage1 $(DEMO)/stage2 $(DEMO)/eval-untrained $(DEMO)/eval-stage1-$(STEPS_1) \
 		$(DEMO)/eval-stage2-$(STEPS) --out $(DEMO)/report.html
 
 test: .venv/installed
@@ -42,11 +42,11 @@ lint: .venv/installed
 
 # The configured indexes first, PyTorch's own CPU index only if they lack the CPU build. vLLM brings the torch companions
 # along; text models do not use them, and where they come from another build than torch they break its import.
-.venv/installed: $(REQUIREMENTS)
+.venv/installed: $(REQUIREMENTS) requirements-dev.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -r $(REQUIREMENTS) || \
-		$(BIN)/python -m pip install --quiet --extra-index-url $(TORCH_CPU) -r $(REQUIREMENTS)
+	$(BIN)/python -m pip install --quiet -r $(REQUIREMENTS) -r requirements-dev.txt || \
+		$(BIN)/python -m pip install --quiet --extra-index-url $(TORCH_CPU) -r $(REQUIREMENTS) -r requirements-dev.txt
 	if [ $(REQUIREMENTS) = requirements-cpu.txt ]; then \
 		$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec; fi
 	touch $@

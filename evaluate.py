@@ -3,7 +3,6 @@
     python evaluate.py run --model M --questions a.jsonl b.jsonl --retriever R --out DIR   # interrupted, it goes on
     python evaluate.py score DIR/transcripts.jsonl    # or outputs as R1-Searcher released them
     python evaluate.py judge DIR/transcripts.jsonl --base_url http://127.0.0.1:8000/v1 --model NAME
-    python evaluate.py plot --runs RUN --evaluations DIR
 
 `run` uses the loop, the prompt and the rules of training (the official code has other prompts, stops and caps in training
 than in evaluation). Every question of every file is answered and counted once; decoding is greedy by default.
@@ -24,7 +23,7 @@ from itertools import count
 from pathlib import Path
 
 import retriever
-from retriever import MALFORMED, clean, fingerprint, read_jsonl, read_questions, texts, user_errors, write_jsonl, write_text
+from records import clean, fingerprint, read_jsonl, read_questions, texts, user_errors, whole, write_jsonl, write_text
 from reward import FORMAT_RULES, JUDGE_PROMPT, METRICS, PROMPTS, TAGS, best, contiguous_match, judge, load_prompt, verdict
 from rollout import ENGINES, Episode, Limits, Rollout, derive_seed, prompt_encoder
 
@@ -110,7 +109,7 @@ def measure_by_dataset(records: list[dict], summary: Callable[[list[dict]], dict
 def read_metrics(file: Path, part: str) -> dict:
     """The protocol or the results in a `metrics.json`."""
     text = file.read_bytes()
-    with retriever.whole(file, "make the evaluation again"):
+    with whole(file, "make the evaluation again"):
         found = dict(json.loads(text)[part])
         if part == "results":
             table(found)  # it can be shown
@@ -232,7 +231,7 @@ def resume(journal: Path, protocol: dict, questions: list[dict], group: int) -> 
         ValueError: the journal is of another protocol, or it is damaged other than by a half-written last line.
     """
     lines = journal.read_bytes().split(b"\n")[:-1] if journal.exists() else []
-    with retriever.whole(journal):
+    with whole(journal):
         before, *records = map(dict, map(json.loads, lines or [json.dumps(protocol)]))
         finished = {identity(r): r for r in records}
     refuse_another(journal, before, protocol)
@@ -364,7 +363,7 @@ def ask_judge(args: argparse.Namespace, prompts: list[str]) -> dict[str, str | N
     url, key = args.base_url.rstrip("/") + "/chat/completions", os.environ.get("OPENAI_API_KEY")
     headers, lock, failures = {"Authorization": f"Bearer {key}"} if key else {}, threading.Lock(), []
     args.cache.parent.mkdir(parents=True, exist_ok=True)
-    with retriever.whole(args.cache):
+    with whole(args.cache):
         cache = sqlite3.connect(args.cache, timeout=60, check_same_thread=False, isolation_level=None)
         cache.execute("CREATE TABLE IF NOT EXISTS replies (url, model, prompt, reply, PRIMARY KEY (url, model, prompt))")
 
@@ -422,114 +421,15 @@ def run_judge(args: argparse.Namespace) -> None:
 # plot: training curves
 
 
-def plot(args: argparse.Namespace) -> None:
-    """Draw the training curves of runs, one after another, and print the evaluations beside each other."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    panels = ["reward", "search_rate", "format_rate", "f1", "response_len", "sampler_gap"]
-    figure, axes = plt.subplots(2, 3, figsize=(12, 6), sharex=True, constrained_layout=True)
-    offset = 0
-    for folder in args.runs:
-        read = lambda r: {name: r[name] for name in ("step", *panels)} | {"id": r["step"]}  # noqa: E731
-        rows = read_jsonl(folder / "metrics.jsonl", read, "metrics")
-        for name, axis in zip(panels, axes.flat, strict=True):
-            axis.plot([offset + r["step"] for r in rows], [r[name] for r in rows], label=folder.name)
-            axis.set_title(name)
-            axis.grid(alpha=0.3)
-        offset += rows[-1]["step"]
-    axes[0, 0].legend()
-    for axis in axes[1]:
-        axis.set_xlabel("rollout batches")
-    figure.savefig(args.out, dpi=120)
-    for folder in args.runs:
-        print(f"{folder.name}: {folder / 'model'}, {folder / 'metrics.jsonl'}, {folder / 'trajectories.jsonl'}")
-    for folder in args.evaluations:
-        print(f"{folder.name}: {folder / 'transcripts.jsonl'}, {folder / 'metrics.json'}")
-    print(f"curves: {args.out}")
-    if args.evaluations:
-        print(table(read_results(args.evaluations)))
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The report: report.html is the page, the data goes into it as JSON
-
-
-def read_for_page(text: bytes, source: str) -> dict:
-    """JSON of a file of ours: NaN, which a browser's JSON lacks, is null; what is named like a key stays behind."""
-
-    def without_keys(entries: dict) -> dict:
-        return {name: value for name, value in entries.items() if not name.upper().endswith("API_KEY")}
-
-    try:
-        return json.loads(text, parse_constant=lambda name: None, object_hook=without_keys)
-    except MALFORMED as error:
-        raise ValueError(f"{source}: expected JSON, got {error!r:.200}") from None
-
-
-def read_log(path: Path, limit: int | None = None) -> tuple[list[dict], int]:
-    """`limit` records of a JSONL file, evenly spread over it, and how many it holds.
-
-    A last line without its new line is left out: its run is still writing, or was killed while it did.
-    """
-    from tqdm import tqdm
-
-    with open(path, "rb") as lines:
-        total = sum(line.endswith(b"\n") for line in lines)
-    kept = total if limit is None else min(limit, total)
-    chosen = {i * total // kept for i in range(kept)}
-    with open(path, "rb") as lines:
-        shown = tqdm(enumerate(lines, 1), f"reading {path}", total, delay=2)
-        return [read_for_page(line, f"{path}:{number}") for number, line in shown if number - 1 in chosen], total
-
-
-def read_folder(folder: Path, limit: int) -> dict:
-    """What the page shows of a folder of `train.py` or of `evaluate.py run`, with at most `limit` of its trajectories."""
-    trained = not (folder / "metrics.json").exists()
-    needed = ("config.json", "metrics.jsonl") if trained else ("metrics.json",)
-    if missing := [name for name in needed if not (folder / name).exists()]:
-        raise FileNotFoundError(f"{folder}: no evaluation (metrics.json), and no training run: {', '.join(missing)} missing")
-    settings = read_for_page((folder / needed[0]).read_bytes(), str(folder / needed[0]))
-    logs = ("trajectories.jsonl",) if trained else ("transcripts.judged.jsonl", "transcripts.jsonl")
-    log = next((folder / name for name in logs if (folder / name).exists()), None)
-    lines, total = read_log(log, limit) if log else ([], None)
-    try:
-        if trained:
-            lines = [{"step": line.pop("step")} | record(Episode(**line)) for line in lines]
-            parts = {"settings": settings, "metrics": read_log(folder / "metrics.jsonl")[0]}
-        else:
-            results = {name.removeprefix(f"{folder.name} "): result for name, result in read_results([folder]).items()}
-            parts = {"settings": settings["protocol"], "results": results}
-        lines = [line | {name: line[name] for name in ("question", "answers", "segments", "failed_rule")} for line in lines]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder}: not of this project, or of another version: {error!r}") from None
-    return parts | {"name": folder.resolve().name, "trajectories": lines, "total": total}
-
-
-def report(args: argparse.Namespace) -> None:
-    """Write one HTML page of runs and evaluations: results, curves, trajectories, settings."""
-    template = Path(__file__).with_name("report.html").read_text(encoding="utf-8")
-    head, _, tail = template.partition("DATA")
-    if args.out.exists() and not args.out.read_bytes().startswith(f"{head}{{".encode()):
-        raise ValueError(f"{args.out}: exists and is not such a report; give another --out")
-    runs = [read_folder(folder, max(0, args.max_trajectories) // len(args.runs)) for folder in args.runs]
-    if len({run["name"] for run in runs}) < len(runs):
-        runs = [run | {"name": str(folder)} for run, folder in zip(runs, args.runs, strict=True)]
-    rules = {rule.__name__: rule.__doc__ for rule in FORMAT_RULES}
-    data = json.dumps({"tags": TAGS._asdict(), "rules": rules, "runs": runs})  # ASCII: U+2028 and the like are escaped
-    for character in "<>&":  # so that no passage can close the script that holds it
-        data = data.replace(character, f"\\u{ord(character):04x}")
-    write_text(args.out, head + data + tail)
-    print(f"report: {args.out}")
 
 
 def add_rollout_arguments(parser: argparse.ArgumentParser) -> None:
     """What a rollout needs: model, retriever, prompt, limits."""
     add = parser.add_argument
     add("--model", required=True, help="Hugging Face folder")
-    add("--retriever", required=True, help="passage file (JSONL), index folder, search server URL or web:PROVIDER")
+    add("--retriever", required=True, help="passage file (JSONL), index folder or search server URL")
     add("--prompt_file", default="base", help=f"one of {', '.join(PROMPTS)}, or a text file with {{question}} in it")
     add("--engine", default="vllm", choices=ENGINES, help="inference engine")
     add("--gpu_memory_utilization", type=float, default=0.9, help="the engine's share of the GPU")
@@ -572,16 +472,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     judge_parser.set_defaults(handler=run_judge)
     for outputs_parser in (score_parser, judge_parser):
         outputs_parser.add_argument("file", type=Path, help="transcripts.jsonl, or outputs as R1-Searcher released them")
-    plot_parser = commands.add_parser("plot", help="training curves as a PNG, evaluations as a table")
-    plot_parser.add_argument("--runs", type=Path, nargs="+", required=True, help="run folders of train.py, in order")
-    plot_parser.add_argument("--evaluations", type=Path, nargs="*", default=[], help="--out folders of evaluate.py run")
-    plot_parser.add_argument("--out", type=Path, default=Path("curves.png"))
-    plot_parser.set_defaults(handler=plot)
-    report_parser = commands.add_parser("report", help="one HTML page: curves, results, trajectories to read")
-    report_parser.add_argument("runs", type=Path, nargs="+", help="folders of train.py or evaluate.py run, in order")
-    report_parser.add_argument("--out", type=Path, required=True, help="the page; a report there already is replaced")
-    report_parser.add_argument("--max_trajectories", type=int, default=2000, help="in equal shares (default 2000)")
-    report_parser.set_defaults(handler=report)
     return parser.parse_args(argv)
 
 

@@ -1,48 +1,45 @@
 """Search engines for the policy: `search(queries, k)` gives each query its k best passages, best first.
 
-`open_retriever` opens what `--retriever` names: a passage file (JSONL), an index folder, a search server or `web:serper`.
+`open_retriever` opens what `--retriever` names: a passage file (JSONL), an index folder or a search server.
 A passage is `{"id", "title", "text"}`, with a `score` where the backend has one. Every backend is thread-safe.
 
     python retriever.py index --kind bm25 --corpus passages.jsonl --out index      # once; then, as often as wanted:
     python retriever.py search --index index "a query"
-    python retriever.py serve --index index --port 8000                            # --retriever http://127.0.0.1:8000
 """
 
 import argparse
-import asyncio
 import atexit
-import hashlib
-import html
 import json
 import os
 import re
 import shutil
-import signal
-import socket
-import sqlite3
-import sys
 import threading
 import time
-import traceback
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, NotRequired, Protocol, TypedDict
+from typing import NamedTuple, Protocol
 from urllib.parse import urlsplit
 
 import numpy as np
 from tqdm import tqdm
 
-
-class Passage(TypedDict):
-    id: str
-    title: str
-    text: str
-    score: NotRequired[float]
+from records import (
+    MALFORMED,
+    Passage,
+    clean,
+    fingerprint,
+    parse_passage,
+    read_passages,
+    scan_passages,
+    user_errors,
+    whole,
+    write_text,
+)
 
 
 class Retriever(Protocol):
@@ -51,158 +48,6 @@ class Retriever(Protocol):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files: one JSON object a line
-
-# what comes of JSON that is not as expected
-MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
-
-
-def scan_jsonl(path: str | Path, parse: Callable[[dict], dict], expected: str) -> Iterator[tuple[int, dict]]:
-    """Stream a JSONL file of any size: where each line begins, in bytes, and its record, through `parse`.
-
-    Memory: 8 bytes a record, to see that every `id` is there once.
-
-    Raises:
-        ValueError: names the file, the line and what is wrong (not JSON, not `expected`, an id twice, no record at all).
-    """
-    ids, begin = array("q"), 0
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    record = parse(json.loads(line))
-                    ids.append(hash(record["id"]))
-                except MALFORMED as error:  # cut: it may quote all of a binary file
-                    raise ValueError(f"{path}:{number}: expected {expected}, got {error!r:.200}") from None
-                yield begin, record
-            begin += len(line)
-    if not ids:
-        raise ValueError(f"{path}: it holds no {expected}")
-    hashes = np.frombuffer(ids, np.int64)
-    hashes.sort()
-    if twice := set(hashes[1:][hashes[1:] == hashes[:-1]].tolist()):  # to be looked at: equal hashes may be of different ids
-        seen = set()
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip() and hash(name := parse(json.loads(line))["id"]) in twice:
-                    if name in seen:
-                        raise ValueError(f"{path}:{number}: id {name!r:.200} occurs twice")
-                    seen.add(name)
-
-
-def read_jsonl(path: str | Path, parse: Callable[[dict], dict], expected: str) -> list[dict]:
-    """All records of a JSONL file; errors as in `scan_jsonl`."""
-    return [record for _, record in scan_jsonl(path, parse, expected)]
-
-
-def write_jsonl(path: Path, records: list[dict]) -> None:
-    """Write beside and rename, so that a file that exists is whole."""
-    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write beside and rename, so that a file that exists is whole."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-    publish(partial, path)
-
-
-def sync(path: Path) -> None:
-    """Put a file, or a folder's names, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def publish(partial: Path, path: Path) -> None:
-    """Name a file or folder once it is on the disk: a power cut may else leave the name and not what it names."""
-    for part in (*(partial.iterdir() if partial.is_dir() else ()), partial):
-        sync(part)
-    partial.rename(path)
-    sync(path.parent)
-
-
-@contextmanager
-def user_errors(program: str) -> Iterator[None]:
-    """End a command in one line and status 2 on a file's error or one that this project raises; others are bugs."""
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError) as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        ours = Path(place.filename).resolve().parent == Path(__file__).resolve().parent and place.line.startswith("raise ")
-        if not (ours or isinstance(error, OSError)):
-            raise
-        print(f"{program}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-
-
-@contextmanager
-def whole(path: str | Path, remedy: str = "build it again") -> Iterator[None]:
-    """What a library cannot read is named."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a panic of tantivy's is no Exception
-        raise ValueError(f"{path}: damaged or of another version ({error!r:.200}); {remedy}") from None
-
-
-def clean(text: str) -> str:
-    """Lone surrogates, which JSON can carry and neither UTF-8 nor a tokenizer can, become question marks."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
-
-
-def parse_passage(record: dict) -> Passage:
-    """Our own format, or that of the wiki-18 corpus: `{"id", "contents": "\"title\"\ntext"}`."""
-    if "contents" in record:
-        title, _, text = record["contents"].partition("\n")
-        record = {"id": record["id"], "title": title.removeprefix('"').removesuffix('"'), "text": text}
-    if not (isinstance(record["title"], str) and isinstance(record["text"], str) and isinstance(record["id"], str | int)):
-        raise ValueError("title and text must be strings, id a string or a number")
-    return {key: clean(str(record[key])) for key in ("id", "title", "text")}
-
-
-PASSAGE = '{"id", "title", "text"}'
-
-
-def scan_passages(path: str | Path) -> Iterator[tuple[int, Passage]]:
-    """Stream the passages of a JSONL file with progress; items and errors as in `scan_jsonl`."""
-    return tqdm(scan_jsonl(path, parse_passage, PASSAGE), desc=f"reading {path}", unit=" passages", delay=2, mininterval=1)
-
-
-def read_passages(path: str | Path) -> list[Passage]:
-    """Passages of a JSONL file; errors as in `scan_jsonl`."""
-    return [passage for _, passage in scan_passages(path)]
-
-
-def texts(answers: str | bool | list | None) -> list[str]:
-    """Answers as the data sets write them, as texts: one or a list, booleans for yes and no, null for none."""
-    answers = answers if isinstance(answers, list) else [answers]
-    return [("no", "yes")[a] if isinstance(a, bool) else str(a).strip() for a in answers if a is not None]
-
-
-MAX_QUESTION = 100_000  # characters: each of its samples holds its tokens, and each tensor of the batch is as wide
-
-
-def parse_question(record: dict, dataset: str) -> dict:
-    """Our own format or the released one, `{"idx", "question", "answer": str | list | bool}`; `dataset` if it names none."""
-    name, dataset = record["id"] if "id" in record else record["idx"], record.get("dataset") or dataset
-    question, answers = record["question"].strip(), texts(record["answers"] if "answers" in record else record["answer"])
-    if not question or not any(answers):
-        raise ValueError("a question without text or answer")
-    if len(question) > MAX_QUESTION:
-        raise ValueError(f"a question of {len(question)} characters, of at most {MAX_QUESTION}")
-    if not (isinstance(name, str | int) and isinstance(dataset, str)):
-        raise ValueError("id must be a string or a number, dataset a string")
-    answers = [clean(a) for a in answers if a]
-    return {"id": clean(str(name)), "question": clean(question), "answers": answers, "dataset": clean(dataset)}
-
-
-def read_questions(path: str | Path) -> list[dict]:
-    """Questions as `{"id", "question", "answers", "dataset"}`; errors as in `read_jsonl`."""
-    return read_jsonl(path, lambda record: parse_question(record, Path(path).stem), '{"id", "question", "answers"}')
 
 
 def tokenize(text: str) -> list[str]:
@@ -496,86 +341,6 @@ def shape_of(url: str) -> Iterator[None]:
         raise RuntimeError(f"{url}: an answer of another shape than expected ({error!r:.200})") from None
 
 
-class Provider(NamedTuple):
-    url: str
-    key: str  # the environment variable that holds it
-    rate: float  # requests per second, of the smallest plan
-    ask: Callable[[str, int, str], dict]  # (query, k, key) to what requests sends
-    read: Callable[[dict], list[tuple]]  # answer to (address, title, snippet) of each hit
-
-
-PROVIDERS = {
-    "serper": Provider(  # Google's results
-        "https://google.serper.dev/search",
-        "SERPER_API_KEY",
-        5,
-        lambda query, k, key: {"method": "POST", "json": {"q": query, "num": k}, "headers": {"X-API-KEY": key}},
-        lambda answer: [(hit["link"], hit["title"], hit.get("snippet", "")) for hit in answer.get("organic", [])],
-    ),
-    "brave": Provider(  # takes 400 characters, 50 words, and gives 20 hits at most
-        "https://api.search.brave.com/res/v1/web/search",
-        "BRAVE_API_KEY",
-        1,
-        lambda query, k, key: {
-            "method": "GET",
-            "params": {"q": " ".join(query.split()[:50])[:400], "count": min(k, 20), "text_decorations": "false"},
-            "headers": {"X-Subscription-Token": key},
-        },
-        lambda answer: [(h["url"], h["title"], h.get("description", "")) for h in answer.get("web", {}).get("results", [])],
-    ),
-}
-
-
-class Web:
-    """A web search engine: title and snippet of each hit, as a passage. What was asked once is answered from disk.
-
-    Args:
-        provider: a name in PROVIDERS; its key comes from the environment.
-        rate: requests per second at most; by default the provider's.
-        cache: SQLite file.
-        url: instead of the provider's own.
-    """
-
-    def __init__(self, provider: str, rate: float | None = None, cache: Path | None = None, url: str | None = None):
-        import requests
-
-        if provider not in PROVIDERS:
-            raise ValueError(f"web:{provider}: the providers are {', '.join(PROVIDERS)}")
-        self.name, self.provider, self.url = provider, PROVIDERS[provider], url or PROVIDERS[provider].url
-        if not os.environ.get(self.provider.key):
-            raise ValueError(f"web:{provider}: set {self.provider.key} in the environment")
-        self.interval, self.free_at = 1 / (rate or self.provider.rate), 0.0  # seconds; on time.monotonic's clock
-        self.session, self._lock = requests.Session(), threading.Lock()
-        cache = cache or Path.home() / ".cache" / "nanosearcher" / "web.sqlite"
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with whole(cache):
-            self.db = sqlite3.connect(cache, timeout=60, check_same_thread=False, isolation_level=None)
-            self.db.execute("CREATE TABLE IF NOT EXISTS hits (provider, query, k, hits, PRIMARY KEY (provider, query, k))")
-
-    def search(self, queries: list[str], k: int) -> list[list[Passage]]:
-        """The first k hits of each query; errors as in `Remote.search`."""
-        return [self._search_one(clean(query), k) for query in queries]
-
-    def _take_turn(self) -> None:
-        with self._lock:
-            self.free_at = mine = max(self.free_at + self.interval, time.monotonic())
-        time.sleep(max(0.0, mine - time.monotonic()))
-
-    def _search_one(self, query: str, k: int) -> list[Passage]:
-        key = (self.name, query, k)
-        with self._lock:
-            row = self.db.execute("SELECT hits FROM hits WHERE (provider, query, k) = (?, ?, ?)", key).fetchone()
-        if row is None:
-            request = self.provider.ask(query, k, os.environ[self.provider.key])
-            answer = fetch(self.session, url=self.url, turn=self._take_turn, **request)
-            with shape_of(self.url):
-                hits = [[html.unescape(" ".join(str(part).split())) for part in hit] for hit in self.provider.read(answer)]
-            row = (json.dumps([dict(zip(("id", "title", "text"), hit, strict=True)) for hit in hits]),)
-            with self._lock:
-                self.db.execute("INSERT OR REPLACE INTO hits VALUES (?, ?, ?, ?)", key + row)
-        return [parse_passage(hit) for hit in json.loads(row[0])][:k]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Index folders: index.json (made of what, and how) with tantivy/, or with rows.npy, vectors-*.npy and faiss.index
 
@@ -583,15 +348,6 @@ VERSION = 1  # of index folders
 SHARD = 32768  # passages in a file of vectors
 LARGE = 1 << 30  # bytes of a passage file that is indexed in memory (about 2 million passages, half a minute a million)
 SMALL = 2000  # passages that rank-bm25 holds without being slow (it takes about 8 microseconds a passage and query)
-
-
-def fingerprint(path: str | Path) -> str:
-    """SHA-256 of a file, or of the names and fingerprints of the files in a folder."""
-    if Path(path).is_dir():
-        files = sorted(file for file in Path(path).iterdir() if file.is_file())
-        return hashlib.sha256("".join(f"{file.name} {fingerprint(file)}\n" for file in files).encode()).hexdigest()
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def stamp(path: str | Path) -> dict:
@@ -747,7 +503,7 @@ def open_retriever(source: str, backend: str = "auto", corpus: str | None = None
     """What `--retriever` names.
 
     Args:
-        source: passage file (JSONL), index folder, http://HOST:PORT of a search server, web:PROVIDER[:REQUESTS_PER_SECOND].
+        source: passage file (JSONL), index folder, http://HOST:PORT of a search server.
         backend: of a passage file: rank-bm25, tantivy (in memory) or auto, which is by size.
         corpus: where the passages of an index folder are now, if they moved.
 
@@ -756,15 +512,10 @@ def open_retriever(source: str, backend: str = "auto", corpus: str | None = None
     """
     if source.startswith(("http://", "https://")):
         return Remote(source)
-    if source.startswith("web:"):
-        provider, _, rate = source.removeprefix("web:").partition(":")
-        if rate and not (rate.isdigit() and int(rate)):
-            raise ValueError(f"{source}: {rate!r} is not a number of requests per second")
-        return Web(provider, int(rate) if rate else None)
     if Path(source, "index.json").is_file():
         return open_index(Path(source), corpus)
     if not Path(source).is_file():
-        raise FileNotFoundError(f"{source}: neither a passage file, an index folder, a URL nor web:PROVIDER (--retriever)")
+        raise FileNotFoundError(f"{source}: neither a passage file, an index folder nor a URL (--retriever)")
     if backend != "rank-bm25" and os.path.getsize(source) > LARGE:
         build = f"python retriever.py index --kind bm25 --corpus {source} --out {Path(source).with_suffix('')}-index"
         raise ValueError(f"{source}: too large to be indexed in memory whenever it is opened; once and for all: {build}")
@@ -777,9 +528,7 @@ def open_retriever(source: str, backend: str = "auto", corpus: str | None = None
 # ---------------------------------------------------------------------------------------------------------------------
 # The search server
 
-MAX_QUERIES, MAX_K, MAX_BODY = 256, 100, 4 << 20  # of one request, the last in bytes
-MAX_SECONDS = 30  # for its head to arrive, and again for its body
-MAX_WAITING = 1024  # requests
+MAX_QUERIES = 256  # of one request
 
 
 class Shape(NamedTuple):
@@ -820,152 +569,6 @@ def search_r1_hit(passage: Passage, with_score: bool) -> dict:
     return {"document": document, "score": passage.get("score")} if with_score else document
 
 
-class Batcher:
-    """Requests that arrive while a search runs go into the next one together."""
-
-    def __init__(self):
-        self.retriever: Retriever | None = None  # None while it loads
-        self.waiting: asyncio.Queue = asyncio.Queue()
-        self.answered = 0
-
-    async def search(self, queries: list[str], k: int) -> list[list[Passage]]:
-        future = asyncio.get_running_loop().create_future()
-        self.waiting.put_nowait((queries, k, future))
-        results = await future
-        self.answered += 1
-        return results
-
-    async def run(self) -> None:
-        while True:
-            batch = [await self.waiting.get()]
-            while not self.waiting.empty() and sum(len(queries) for queries, _, _ in batch) < MAX_QUERIES:
-                batch.append(self.waiting.get_nowait())
-            for k in {k for _, k, _ in batch}:  # apart: an approximate index may find others for another k
-                await self._search_together([(queries, future) for queries, asked, future in batch if asked == k], k)
-
-    async def _search_together(self, requests: list[tuple[list[str], asyncio.Future]], k: int) -> None:
-        asked = [query for queries, _ in requests for query in queries]
-        search = asyncio.to_thread(lambda: [each for _, each in zip(asked, self.retriever.search(asked, k), strict=True)])
-        (results,) = await asyncio.gather(search, return_exceptions=True)
-        if isinstance(results, BaseException) and len(requests) > 1:
-            for request in requests:  # one is to blame, the others shall have their answers
-                await self._search_together([request], k)
-        elif isinstance(results, BaseException):
-            requests[0][1].set_exception(results)
-        else:
-            rest = iter(results)
-            for queries, future in requests:
-                future.set_result(list(islice(rest, len(queries))))
-
-
-def make_app(batcher: Batcher):
-    """POST /search, /queries and /retrieve (SHAPES); GET /health: the process runs, /ready: the index is open."""
-    from pydantic import AliasChoices, BaseModel, Field, ValidationError
-    from starlette.applications import Starlette
-    from starlette.requests import Request
-    from starlette.responses import JSONResponse
-    from starlette.routing import Route
-
-    class Body(BaseModel):
-        queries: list[str] = Field(max_length=MAX_QUERIES)
-        k: int | None = Field(None, ge=1, le=MAX_K, validation_alias=AliasChoices("k", "topk"))
-        return_scores: bool = False
-
-    def refuse(status: int, reason: str) -> JSONResponse:
-        return JSONResponse({"detail": reason}, status)
-
-    async def answer(request: Request) -> JSONResponse:
-        body = bytearray()
-        try:
-            async with asyncio.timeout(MAX_SECONDS):  # a client that stalls must not keep the server from stopping
-                async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > MAX_BODY:
-                        return refuse(413, f"a request may have {MAX_BODY} bytes")
-        except TimeoutError:
-            return refuse(408, f"a request must be here within {MAX_SECONDS} s")
-        if batcher.retriever is None or batcher.waiting.qsize() >= MAX_WAITING:
-            return refuse(503, "the index is still being opened" if batcher.retriever is None else "too many requests wait")
-        try:
-            asked = Body.model_validate_json(bytes(body))
-        except ValidationError as error:
-            return refuse(422, "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()))
-        try:
-            results = await batcher.search(asked.queries, asked.k or 3)
-        except Exception as error:
-            return refuse(500, f"{type(error).__name__}: {error}")
-        return JSONResponse(SHAPES[request.url.path].answer(results, asked.return_scores))
-
-    async def health(request: Request) -> JSONResponse:
-        return JSONResponse({"status": "ok"})
-
-    async def ready(request: Request) -> JSONResponse:
-        return refuse(503, "the index is still being opened") if batcher.retriever is None else await health(request)
-
-    @asynccontextmanager
-    async def lifespan(app):
-        task = asyncio.create_task(batcher.run())
-        yield
-        task.cancel()
-
-    asked = [Route(path, answer, methods=["POST"]) for path in SHAPES]
-    return Starlette(routes=[*asked, Route("/health", health), Route("/ready", ready)], lifespan=lifespan)
-
-
-def impatient_http():
-    """uvicorn's HTTP over h11, which takes heads of up to 64 KiB, with a bound on their time too."""
-    import h11
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-
-    class Protocol(H11Protocol):
-        timer: asyncio.TimerHandle | None = None  # runs while a request's head is awaited
-
-        def watch(self, awaited: bool) -> None:
-            if self.timer and not awaited:
-                self.timer = self.timer.cancel()
-            elif awaited and not self.timer:
-                self.timer = self.loop.call_later(MAX_SECONDS, self.transport.close)
-
-        def connection_made(self, transport):
-            super().connection_made(transport)
-            self.watch(True)
-
-        def data_received(self, data):
-            super().data_received(data)
-            self.watch(self.conn.their_state is h11.IDLE)
-
-        def connection_lost(self, error):
-            super().connection_lost(error)
-            self.watch(False)
-
-    return Protocol
-
-
-def serve(open_source: Callable[[], Retriever], host: str, port: int) -> None:
-    """Answer until SIGTERM or Ctrl-C; requests that were received by then are still answered."""
-    import uvicorn
-
-    listener = socket.create_server((host, port), backlog=1024)
-    batcher, failures = Batcher(), []
-    server = uvicorn.Server(uvicorn.Config(make_app(batcher), http=impatient_http(), log_level="warning", access_log=False))
-
-    def load() -> None:
-        try:
-            batcher.retriever = open_source()
-            print(f"ready: http://{host}:{listener.getsockname()[1]}", flush=True)
-        except Exception as error:
-            failures.append(error)
-            server.should_exit = True
-
-    for number in (signal.SIGTERM, signal.SIGINT):  # until uvicorn handles them, and when it raises them again at its end
-        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-    threading.Thread(target=load, daemon=True).start()
-    server.run(sockets=[listener])
-    for failure in failures:
-        raise failure
-    print(f"stopped: {batcher.answered} requests answered", flush=True)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -980,15 +583,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     index.add_argument("--factory", help="dense: faiss index_factory, such as HNSW32,SQ8 (default Flat)")
     index.add_argument("--parameters", default="", help="dense: faiss parameters, such as nprobe=64 or efSearch=128")
     index.add_argument("--prebuilt", help="dense: a faiss index of --corpus, row by row, instead of making one")
-    for name, what in (("search", "show the passages of a query"), ("serve", "answer over HTTP")):
-        command = commands.add_parser(name, help=what)
-        command.add_argument("--index", required=True, help="anything that --retriever takes")
-        command.add_argument("--corpus", help="of an index folder: where its passages are now, if they moved")
-        command.add_argument("--backend", choices=("auto", "rank-bm25", "tantivy"), default="auto", help="of a passage file")
-    commands.choices["search"].add_argument("query")
-    commands.choices["search"].add_argument("-k", type=int, default=5, help="passages to show (default 5)")
-    commands.choices["serve"].add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
-    commands.choices["serve"].add_argument("--port", type=int, default=8000, help="0: any that is free (default 8000)")
+    search = commands.add_parser("search", help="show the passages of a query")
+    search.add_argument("--index", required=True, help="anything that --retriever takes")
+    search.add_argument("--corpus", help="of an index folder: where its passages are now, if they moved")
+    search.add_argument("--backend", choices=("auto", "rank-bm25", "tantivy"), default="auto", help="of a passage file")
+    search.add_argument("query")
+    search.add_argument("-k", type=int, default=5, help="passages to show (default 5)")
     args = parser.parse_args(argv)
     if args.command == "index":
         if args.kind == "dense" and not args.encoder:
@@ -999,8 +599,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error("--factory: the prebuilt index has one")
     if args.command == "search" and args.k < 1:
         parser.error("-k: at least 1")
-    if args.command == "serve" and not 0 <= args.port < 65536:
-        parser.error("--port: 0 to 65535")
     return args
 
 
@@ -1011,8 +609,6 @@ def main(argv: list[str] | None = None) -> None:
             build_bm25(args.corpus, args.out)
         elif args.command == "index":
             build_dense(args.corpus, args.out, args.encoder, args.factory or "Flat", args.parameters, args.prebuilt)
-        elif args.command == "serve":
-            serve(lambda: open_retriever(args.index, args.backend, args.corpus), args.host, args.port)
         else:
             for passage in open_retriever(args.index, args.backend, args.corpus).search([args.query], args.k)[0]:
                 print(f"{passage['title']}: {passage['text']}")

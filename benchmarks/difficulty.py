@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import data_prep
 import reward
-from retriever import open_retriever, read_questions
+from records import read_questions
+from retriever import open_retriever
 from rollout import Limits, Rollout, VLLMEngine, prompt_encoder
 
 

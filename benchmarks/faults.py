@@ -29,6 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from faulty import POINTS
 from tiny import command, equal_states, make_model, make_world, metrics_of, state_of
 
+import checkpoint
+
 import train
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,7 +57,7 @@ def launch(ranks: int, out: str, config: train.Config, fault: list[str] | None, 
 
 
 def progress(out: str) -> int:
-    return train.newest_checkpoint(Path(out, "checkpoints"))[1]["step"]
+    return checkpoint.newest_checkpoint(Path(out, "checkpoints"))[1]["step"]
 
 
 def main() -> None:

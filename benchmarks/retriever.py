@@ -24,13 +24,14 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before this folder: the retriever that is measured has this file's name
 
+import records  # noqa: E402
 import retriever as r  # noqa: E402
 from reward import normalize  # noqa: E402
 
 FACTORIES = {"Flat": "", "HNSW32": "efSearch=64", "IVF64,Flat": "nprobe=8", "IVF64,SQ8": "nprobe=8"}
 
 
-def generate(real: list[r.Passage], size: int, path: Path) -> None:
+def generate(real: list[records.Passage], size: int, path: Path) -> None:
     """Passages of about 80 words drawn from the real word counts; words not seen there have the share of those seen once."""
     words, counts = np.unique(" ".join(f"{p['title']} {p['text']}" for p in real).split(), return_counts=True)
     words, unseen = words.astype(object), (counts == 1).sum() / counts.sum()
@@ -50,7 +51,7 @@ def generate(real: list[r.Passage], size: int, path: Path) -> None:
 def keyword_queries(corpus: Path, count: int) -> list[str]:
     """3 to 6 words of one passage each, none a stop word."""
     rng, queries = random.Random(0), []
-    for _, passage in zip(range(count), r.scan_jsonl(corpus, r.parse_passage, "passages"), strict=False):
+    for _, passage in zip(range(count), records.scan_jsonl(corpus, records.parse_passage, "passages"), strict=False):
         words = [word for word in r.tokenize(passage[1]["text"]) if word not in r.STOP_WORDS]
         queries.append(" ".join(rng.sample(words, min(len(words), rng.randint(3, 6)))))
     return queries
@@ -65,7 +66,7 @@ def memory(name: str) -> float:
 class BM25S:
     """bm25s as its README uses it."""
 
-    def __init__(self, passages: list[r.Passage]):
+    def __init__(self, passages: list[records.Passage]):
         import bm25s
 
         self.bm25s, self.index = bm25s, bm25s.BM25(corpus=[p["id"] for p in passages])
@@ -91,7 +92,7 @@ def search(backend: str, corpus: Path, folder: Path, sets: dict[str, list[str]])
         index = r.open_retriever(str(folder))
         result["open_ms"] = round(1000 * (time.perf_counter() - before), 1)
     else:
-        index = {"rank-bm25": r.BM25, "bm25s": BM25S}[backend](r.read_passages(corpus))
+        index = {"rank-bm25": r.BM25, "bm25s": BM25S}[backend](records.read_passages(corpus))
         result["build_s"] = round(time.perf_counter() - before, 1)
         sets = {name: queries[: 20 if backend == "rank-bm25" else None] for name, queries in sets.items()}
     for name, queries in sets.items():
@@ -114,7 +115,7 @@ def alone(function, *arguments):
 
 def through_server(folder: Path, queries: list[str], requests: int, clients: int = 64) -> dict:
     """Requests of one query each by many clients at once; each answer is compared with what one client got."""
-    command = [sys.executable, ROOT / "retriever.py", "serve", "--index", folder, "--port", "0"]
+    command = [sys.executable, ROOT / "tools" / "search_server.py", "--index", folder, "--port", "0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     url = server.stdout.readline().split()[-1]
     single = r.Remote(url)
@@ -175,8 +176,8 @@ def recall_of(backend: str, passages: str, questions: str, work: Path, encoder: 
         for _ in range(100):
             index.index.search(vectors, 5)
         result = {"faiss_ms": round(10 * (time.perf_counter() - before), 3), "encode_ms": round(encoding, 1)}
-        return recall(index, r.read_questions(questions)) | result
-    return recall(r.open_retriever(passages, backend), r.read_questions(questions))
+        return recall(index, records.read_questions(questions)) | result
+    return recall(r.open_retriever(passages, backend), records.read_questions(questions))
 
 
 def table(results: dict[str, dict]) -> str:
@@ -223,8 +224,8 @@ def main() -> None:
         results[name] = result
         print(json.dumps({"name": name} | result) if args.json else f"{name:24} {result}", flush=True)
 
-    real = r.read_passages(args.passages)
-    questions = [q["question"] for q in r.read_questions(args.questions)][:300] if args.questions else []
+    real = records.read_passages(args.passages)
+    questions = [q["question"] for q in records.read_questions(args.questions)][:300] if args.questions else []
     for size in args.sizes:
         corpus, folder = args.work / f"{size}.jsonl", args.work / f"index-{size}"
         if not corpus.exists():

@@ -29,7 +29,9 @@ import requests
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import records
 import retriever
+from tools import search_server
 
 ROOT, CLIENTS = Path(retriever.__file__).parent, 16
 
@@ -66,10 +68,10 @@ def training(demo: Path, folder: str) -> Iterator[subprocess.Popen]:
 @contextmanager
 def serving(demo: Path, folder: str) -> Iterator[subprocess.Popen]:
     """A search server, asked by CLIENTS all the time."""
-    titles = [passage["title"] for passage in retriever.read_passages(demo / "passages.jsonl")]
+    titles = [passage["title"] for passage in records.read_passages(demo / "passages.jsonl")]
     retriever.build_bm25(str(demo / "passages.jsonl"), Path(folder, "index"))
     with open(f"{folder}/log", "w") as log:
-        command = [sys.executable, str(ROOT / "retriever.py"), "serve", "--index", f"{folder}/index", "--port", "0"]
+        command = [sys.executable, str(ROOT / "tools" / "search_server.py"), "--index", f"{folder}/index", "--port", "0"]
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
     url, stop = server.stdout.readline().split()[-1], threading.Event()
     clients = [threading.Thread(target=ask, args=(url, titles, n, stop)) for n in range(CLIENTS)]
@@ -93,7 +95,7 @@ def ask(url: str, queries: list[str], seed: int, stop: threading.Event) -> None:
             case 0:
                 requests.post(f"{url}/search", data=b'{"queries":')
             case 1:
-                requests.post(f"{url}/search", data=b"x" * (retriever.MAX_BODY + 1))
+                requests.post(f"{url}/search", data=b"x" * (search_server.MAX_BODY + 1))
             case 2:
                 requests.post(f"{url}/search", json={"queries": ["x"] * (retriever.MAX_QUERIES + 1)})
             case 3:

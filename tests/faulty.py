@@ -19,7 +19,8 @@ import safetensors.torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 
-import retriever
+import checkpoint
+import records
 import train
 from rollout import Rollout
 
@@ -38,11 +39,11 @@ POINTS = {  # (owner, function), and which of its calls count, if not all
     "gather": (train, "gather"),
     "backward": (train.Batch, "backward"),
     "update": (train.nn.utils, "clip_grad_norm_"),
-    "log": (train.RunFolder, "log"),
-    "checkpoint begins": (train, "training_state"),
+    "log": (checkpoint.RunFolder, "log"),
+    "checkpoint begins": (checkpoint, "training_state"),
     "shard serialised": (safetensors.torch, "save"),
-    "checkpoint written": (train, "fingerprint", of_checkpoint(partial=True)),
-    "checkpoint synced": (retriever, "sync", of_checkpoint(partial=True)),
+    "checkpoint written": (checkpoint, "fingerprint", of_checkpoint(partial=True)),
+    "checkpoint synced": (records, "sync", of_checkpoint(partial=True)),
     "old checkpoint removed": (shutil, "rmtree", of_checkpoint(partial=False)),
     "weight sync": (DTensor, "full_tensor"),  # parameter by parameter
     "export": (PreTrainedConfig, "save_pretrained"),  # before the weights, and when they are written

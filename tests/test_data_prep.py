@@ -11,16 +11,18 @@ import time
 import pytest
 
 import data_prep
-from retriever import BM25, read_passages
+from records import read_passages
+from retriever import BM25
+from tools.demo import demo_world
 
 
 def test_the_world_is_a_function_of_the_seed():
-    assert data_prep.demo_world(1) == data_prep.demo_world(1)
-    assert data_prep.demo_world(1) != data_prep.demo_world(2)
+    assert demo_world(1) == demo_world(1)
+    assert demo_world(1) != demo_world(2)
 
 
 def test_sizes_and_ids():
-    passages, train, held_out = data_prep.demo_world(0)
+    passages, train, held_out = demo_world(0)
     assert 300 <= len(passages) <= 2000
     for records in (passages, train, held_out):
         assert len({r["id"] for r in records}) == len(records)
@@ -35,7 +37,7 @@ def named(titles):
 
 
 def test_held_out_questions_are_about_entities_of_no_training_question():
-    passages, train, held_out = data_prep.demo_world(0)
+    passages, train, held_out = demo_world(0)
     titles = {p["title"] for p in passages}
     find = named(titles)
 
@@ -48,7 +50,7 @@ def test_held_out_questions_are_about_entities_of_no_training_question():
 
 
 def test_every_one_hop_answer_is_in_the_passage_of_its_entity_and_bm25_finds_it():
-    passages, train, _ = data_prep.demo_world(0)
+    passages, train, _ = demo_world(0)
     one_hop = [q for q in train if q["dataset"] == "demo-1hop"][:200]
     found = BM25(passages).search([q["question"] for q in one_hop], k=2)
     hits = [any(q["answers"][0] in p["text"] for p in result) for q, result in zip(one_hop, found, strict=True)]
@@ -56,7 +58,7 @@ def test_every_one_hop_answer_is_in_the_passage_of_its_entity_and_bm25_finds_it(
 
 
 def test_a_two_hop_answer_needs_both_passages():
-    passages, train, _ = data_prep.demo_world(0)
+    passages, train, _ = demo_world(0)
     text = {p["title"]: p["text"] for p in passages}
     find = named(text)
     for q in [q for q in train if q["dataset"] == "demo-2hop"]:

@@ -14,9 +14,11 @@ from pathlib import Path
 import pytest
 
 import evaluate
+import records
 import retriever
 from evaluate import VERSION, identity, measure, measure_by_dataset, summarize, summarize_evaluation, table
 from reward import judge
+from tools import report
 
 
 def made(dataset, answer, searches=1, reason="answer"):
@@ -112,8 +114,8 @@ def test_the_protocol_says_what_the_numbers_depend_on(arguments, tmp_path, model
     evaluate.main(arguments)
     protocol = json.loads((tmp_path / "out" / "metrics.json").read_text())["protocol"]
     assert (protocol["temperature"], protocol["documents_per_search"], protocol["evaluator"]) == (0.0, 5, VERSION)
-    assert protocol["questions"] == [[str(tmp_path / "q.jsonl"), retriever.fingerprint(tmp_path / "q.jsonl")]]
-    assert protocol["retriever"]["fingerprint"] == retriever.fingerprint(tmp_path / "c.jsonl")
+    assert protocol["questions"] == [[str(tmp_path / "q.jsonl"), records.fingerprint(tmp_path / "q.jsonl")]]
+    assert protocol["retriever"]["fingerprint"] == records.fingerprint(tmp_path / "c.jsonl")
 
     monkeypatch.setattr(evaluate, "commit", lambda: "a later one")
     evaluate.main(arguments)  # to show a finished evaluation is no claim about today's code
@@ -201,7 +203,7 @@ def test_groups_are_kept_when_they_are_whole(tmp_path):
     """vLLM's numbers on a CPU depend on which questions run together: half a group would be finished by another one."""
     questions = [{"dataset": "d", "id": str(i)} for i in range(7)]
     journal, protocol = tmp_path / "j", {"evaluator": 1}
-    retriever.write_jsonl(journal, [protocol, *(questions[i] for i in (2, 0, 1, 4, 3, 6))])
+    records.write_jsonl(journal, [protocol, *(questions[i] for i in (2, 0, 1, 4, 3, 6))])
     assert evaluate.resume(journal, protocol, questions, 3) == [*questions[:3], questions[6]]
     assert lines(journal) == [protocol, *questions[:3], questions[6]]
     assert evaluate.resume(journal, protocol, questions, 1) == [*questions[:3], questions[6]]
@@ -228,7 +230,7 @@ def test_plot(tmp_path, capsys):
     results = measure_by_dataset([made("one", "b")], summarize_evaluation)
     (tmp_path / "eval" / "metrics.json").write_text(json.dumps({"results": results}))
     runs = [str(tmp_path / "stage1"), str(tmp_path / "stage2")]
-    evaluate.main(["plot", "--runs", *runs, "--evaluations", str(tmp_path / "eval"), "--out", str(tmp_path / "c.png")])
+    report.main(["plot", "--runs", *runs, "--evaluations", str(tmp_path / "eval"), "--out", str(tmp_path / "c.png")])
     assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
     assert "eval one" in capsys.readouterr().out
 

@@ -20,9 +20,11 @@ from tiny import ASK, SPECIAL, TELL
 
 import data_prep
 import evaluate
+import records
 import retriever
 from reward import PROMPTS, REWARDS, TAGS, judge
 from rollout import Episode, Limits, Rollout, data_encoder, prompt_encoder
+from tools import report, web_search
 
 bounded = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -39,7 +41,7 @@ SCRIPTS = st.lists(TURNS, min_size=1, max_size=5)
 # as every reader of passages gives them: a lone surrogate of the file has become a question mark
 PASSAGES = st.lists(
     st.builds(
-        lambda title, text: retriever.parse_passage({"id": 0, "title": title, "text": text}),
+        lambda title, text: records.parse_passage({"id": 0, "title": title, "text": text}),
         TEXTS,
         st.one_of(TEXTS, st.text(max_size=20), st.just("\ud800 \udfff")),
     ),
@@ -134,7 +136,7 @@ def test_a_hostile_question_is_a_prompt_like_any_other(tokenizer, tmp_path_facto
     """No special token comes of it, and what cannot be encoded, a lone surrogate, is replaced when it is read."""
     file = tmp_path_factory.getbasetemp() / "questions.jsonl"
     file.write_text(json.dumps({"id": 0, "question": f"Q {text} \ud800?", "answers": ["b"]}))
-    (question,) = retriever.read_questions(file)
+    (question,) = records.read_questions(file)
     encode, special = prompt_encoder(tokenizer, PROMPTS[prompt]), set(tokenizer.all_special_ids)
     ids = encode(question["question"])
     assert sum(t in special for t in ids) == sum(t in special for t in encode("Q"))
@@ -150,10 +152,10 @@ def test_a_question_that_fills_the_context_ends_its_episode(tokenizer, scripted)
 
 def test_a_question_as_long_as_a_book_is_refused_by_name(tmp_path):
     """Each of its samples would hold its tokens, and every tensor of the batch would be as wide."""
-    question = {"id": 0, "question": "w" * (retriever.MAX_QUESTION + 1), "answers": ["b"]}
+    question = {"id": 0, "question": "w" * (records.MAX_QUESTION + 1), "answers": ["b"]}
     (tmp_path / "q.jsonl").write_text(json.dumps(question))
     with pytest.raises(ValueError, match=r"q\.jsonl:1: .*a question of 100001 characters"):
-        retriever.read_questions(tmp_path / "q.jsonl")
+        records.read_questions(tmp_path / "q.jsonl")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -283,7 +285,7 @@ def read_or_refuse(read, path):
     """What `read` gives, or None if a command would have ended with status 2 and one short line that names `path`."""
     err = io.StringIO()
     try:
-        with contextlib.redirect_stderr(err), retriever.user_errors("program"):
+        with contextlib.redirect_stderr(err), records.user_errors("program"):
             return read()
     except SystemExit as stop:
         message = err.getvalue()
@@ -321,11 +323,11 @@ def use_counted(questions):
 
 
 READERS = {
-    "questions": (retriever.read_questions, use_questions),
+    "questions": (records.read_questions, use_questions),
     "counted questions": (data_prep.read_counted, use_counted),
     "noted verdicts": (lambda path: data_prep.noted_verdicts(path, {}, [{"id": "x"}]), can_be_written),
     "results": (lambda path: evaluate.read_metrics(path, "results"), evaluate.table),
-    "passages": (retriever.read_passages, use_passages),
+    "passages": (records.read_passages, use_passages),
     "passages to search": (lambda path: [p for p, in retriever.open_retriever(str(path)).search(["x"], 1)], can_be_written),
     "outputs": (evaluate.read_outputs, use_outputs),
     **{f"published {name}": (lambda path, name=name: data_prep.published_questions(path, name)[0], use_questions)
@@ -348,9 +350,9 @@ def test_a_hostile_file_is_read_or_refused_by_name(tmp_path_factory, reader, dat
 
 def test_only_what_is_raised_on_purpose_ends_in_one_line(capsys):
     """What the interpreter raises in a line of ours is a bug, and its traceback is wanted."""
-    with pytest.raises(ValueError, match="not enough values to unpack"), retriever.user_errors("program"):
+    with pytest.raises(ValueError, match="not enough values to unpack"), records.user_errors("program"):
         data_prep.parse_draw("hotpotqa:easy")
-    with pytest.raises(SystemExit), retriever.user_errors("program"):
+    with pytest.raises(SystemExit), records.user_errors("program"):
         retriever.open_retriever("web:nobody")
     assert capsys.readouterr().err.startswith("program: web:nobody: the providers are ")
 
@@ -376,7 +378,7 @@ def indexes(tmp_path_factory) -> dict[str, Path]:
     corpus.write_text("".join(json.dumps({"id": n, "title": "T", "text": f"red {n}"}) + "\n" for n in range(20)))
     retriever.build_bm25(str(corpus), folder / "bm25")
     header = retriever.enter_folder(folder / "dense", str(corpus), {"kind": "dense", "encoder": "e", "prebuilt": None})
-    begins = [begin for begin, _ in retriever.scan_passages(corpus)]
+    begins = [begin for begin, _ in records.scan_passages(corpus)]
     retriever.save_array(folder / "dense" / "rows.npy", np.array([*begins, corpus.stat().st_size]))
     index = faiss.IndexFlatIP(4)
     index.add(np.eye(20, 4, dtype=np.float32))
@@ -476,7 +478,7 @@ def test_what_cannot_be_plotted_is_refused_by_name(tmp_path, name, data):
     (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, **dict.fromkeys(panels, 0.5)}))
     (tmp_path / name).write_bytes(data)
     words = ["plot", f"--runs={tmp_path}", f"--evaluations={tmp_path}", f"--out={tmp_path / 'c.png'}"]
-    args = evaluate.parse_arguments(words)
+    args = report.parse_arguments(words)
     with contextlib.redirect_stdout(io.StringIO()):
         read_or_refuse(lambda: args.handler(args) or pytest.fail("it was not refused"), tmp_path / name)
 
@@ -580,7 +582,7 @@ def test_no_key_is_written_anywhere_and_no_data_becomes_a_path(
         monkeypatch.setenv(name, key)
     monkeypatch.setenv("HOME", str(tmp_path))  # of the cache of searches
     monkeypatch.setitem(
-        retriever.PROVIDERS, provider, retriever.PROVIDERS[provider]._replace(url=quoting_server.url, rate=1000)
+        web_search.PROVIDERS, provider, web_search.PROVIDERS[provider]._replace(url=quoting_server.url, rate=1000)
     )
     work = tmp_path / "a" / "b"
     work.mkdir(parents=True)
@@ -596,7 +598,7 @@ def test_no_key_is_written_anywhere_and_no_data_becomes_a_path(
             ["judge", "out/transcripts.jsonl", f"--base_url={quoting_server.url}", "--model=j", "--cache=judge.db"]
         )
     assert stop.value.code == 1
-    evaluate.main(["report", "out", "--out=report.html"])
+    report.main(["report", "out", "--out=report.html"])
     service = KEYS_OF_SERVICES[f"{provider.upper()}_API_KEY"]
     assert {key.removeprefix("Bearer ") for key in quoting_server.keys} == {service, KEYS_OF_SERVICES["OPENAI_API_KEY"]}
     files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())

@@ -13,6 +13,7 @@ import data_prep
 import evaluate
 import retriever
 import train
+from tools import report, search_server
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -38,6 +39,8 @@ def test_every_command_parses(command, monkeypatch, model_folder):
         "evaluate.py": evaluate.parse_arguments,
         "data_prep.py": data_prep.parse_arguments,
         "retriever.py": retriever.parse_arguments,
+        "tools/report.py": report.parse_arguments,
+        "tools/search_server.py": search_server.parse_arguments,
         "benchmarks/retriever.py": benchmark.parse_arguments,
     }
     parse[words[script]](words[script + 1 :])
@@ -58,7 +61,15 @@ def test_there_are_commands():
     assert len(COMMANDS) > 8
 
 
-SCRIPTS = ["train.py", "evaluate.py", "data_prep.py", "retriever.py"]
+SCRIPTS = [
+    "train.py",
+    "evaluate.py",
+    "data_prep.py",
+    "retriever.py",
+    "tools/demo.py",
+    "tools/report.py",
+    "tools/search_server.py",
+]
 BENCHMARKS = "retriever rollout train_step trl_step log_probs difficulty faults soak"
 SCRIPTS += [f"benchmarks/{name}.py" for name in BENCHMARKS.split()]
 

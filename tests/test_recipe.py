@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tiny import ASK, TELL
 
 import data_prep
-from retriever import read_questions
+from records import read_questions
 from reward import METRICS, TAGS, normalize
 from rollout import Limits, Rollout
 

@@ -12,10 +12,11 @@ import pytest
 
 import evaluate
 from evaluate import grade, record, summarize
-from retriever import clean
+from records import clean
 from rollout import Episode
+from tools import report as report_tool
 
-TEMPLATE = Path(evaluate.__file__).with_name("report.html").read_text()
+TEMPLATE = Path(report_tool.__file__).with_name("report.html").read_text()
 HOSTILE = [
     "</script><script>document.title='owned'</script>",
     "<!-- <script> <script>document.title='owned'</script> -->",
@@ -79,13 +80,13 @@ class Page(HTMLParser):
 def report(out: Path, *folders: Path, **options) -> dict:
     """Write the page and read its data back."""
     flags = [f"--{name}={value}" for name, value in options.items()]
-    evaluate.main(["report", *map(str, folders), "--out", str(out), *flags])
+    report_tool.main(["report", *map(str, folders), "--out", str(out), *flags])
     return json.loads(Page(out.read_text()).scripts[0])
 
 
 def refused(capsys, *argv) -> str:
     with pytest.raises(SystemExit) as stop:
-        evaluate.main(["report", *map(str, argv)])
+        report_tool.main(["report", *map(str, argv)])
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1

@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import records
 import retriever
-from retriever import BM25, TantivyBM25, build_bm25, open_retriever, read_passages, read_questions
+from records import read_passages, read_questions
+from retriever import BM25, TantivyBM25, build_bm25, open_retriever
 
 PASSAGES = [
     {"id": "a", "title": "Red Harbor", "text": "A film directed by Peter Lane."},
@@ -112,13 +114,13 @@ def test_a_passage_of_the_wiki_18_file_is_read_as_it_is(tmp_path):
 
 def test_a_lone_surrogate_is_replaced():
     """JSON carries it; UTF-8, and so the index, the tokenizer and every file, does not."""
-    passage = retriever.parse_passage({"id": 1, "title": "\ud800", "text": "é \udfff"})
+    passage = records.parse_passage({"id": 1, "title": "\ud800", "text": "é \udfff"})
     assert passage == {"id": "1", "title": "?", "text": "é ?"}
     assert TantivyBM25.build([passage]).search(["\ud800 é"], 1)[0][0]["id"] == "1"
 
 
 def test_an_id_that_occurs_twice_is_found_in_a_stream_and_a_collision_of_hashes_is_not_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(retriever, "hash", lambda text: 7, raising=False)
+    monkeypatch.setattr(records, "hash", lambda text: 7, raising=False)
     assert len(read_passages(write(tmp_path / "p.jsonl", PASSAGES))) == 3
     with pytest.raises(ValueError, match=r"p\.jsonl:4: id 'c' occurs twice"):
         read_passages(write(tmp_path / "p.jsonl", [*PASSAGES, PASSAGES[2]]))

@@ -21,7 +21,10 @@ from test_retriever import PASSAGES, write
 from tiny import ASK, TELL
 
 import retriever
-from retriever import MAX_BODY, MAX_QUERIES, PROVIDERS, Remote, TantivyBM25, Web, open_retriever
+from retriever import MAX_QUERIES, Remote, TantivyBM25, open_retriever
+from tools import search_server
+from tools.search_server import MAX_BODY
+from tools.web_search import PROVIDERS, Web
 
 WORDS = "red blue harbor salem film lane town river stone light".split()
 CORPUS = [
@@ -47,7 +50,7 @@ class Server:
     """`retriever.py serve` in a process of its own."""
 
     def __init__(self, corpus, *words):
-        command = [sys.executable, retriever.__file__, "serve", "--index", str(corpus), "--port", "0", *words]
+        command = [sys.executable, search_server.__file__, "--index", str(corpus), "--port", "0", *words]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.url = re.search(r"http://\S+", self.process.stdout.readline())[0]
 
@@ -126,8 +129,8 @@ def test_health_and_readiness(server):
 def test_while_the_index_opens_the_server_is_healthy_and_not_ready():
     from starlette.testclient import TestClient
 
-    batcher = retriever.Batcher()
-    with TestClient(retriever.make_app(batcher)) as client:
+    batcher = search_server.Batcher()
+    with TestClient(search_server.make_app(batcher)) as client:
         assert client.get("/health").status_code == 200 and client.get("/ready").status_code == 503
         assert client.post("/search", json={"queries": ["red"]}).status_code == 503
         batcher.retriever = TantivyBM25.build(PASSAGES)
@@ -144,9 +147,9 @@ def test_a_search_that_fails_fails_its_requests_and_no_others():
                 raise OSError("disk gone")
             return super().search(queries, k)
 
-    batcher = retriever.Batcher()
+    batcher = search_server.Batcher()
     batcher.retriever = Moody.build(PASSAGES)
-    with TestClient(retriever.make_app(batcher)) as client:
+    with TestClient(search_server.make_app(batcher)) as client:
         failed = client.post("/search", json={"queries": ["fail"]})
         assert failed.status_code == 500 and failed.json() == {"detail": "OSError: disk gone"}
         assert client.post("/search", json={"queries": ["harbor"]}).status_code == 200
@@ -162,7 +165,7 @@ def test_of_concurrent_requests_only_the_one_that_fails_fails():
             return super().search(queries, k)
 
     async def ask_at_once():
-        batcher = retriever.Batcher()
+        batcher = search_server.Batcher()
         batcher.retriever = Moody.build(PASSAGES)
         task = asyncio.create_task(batcher.run())
         asked = [(["harbor"], 1), (["fail"], 1), (["salem", "webb"], 1), (["salem"], 2)]
@@ -185,9 +188,9 @@ def test_a_backend_that_answers_for_another_number_of_queries_fails_the_request_
         def search(self, queries, k):
             return answer if "fail" in queries else super().search(queries, k)
 
-    batcher = retriever.Batcher()
+    batcher = search_server.Batcher()
     batcher.retriever = Moody.build(PASSAGES)
-    with TestClient(retriever.make_app(batcher)) as client:
+    with TestClient(search_server.make_app(batcher)) as client:
         assert client.post("/search", json={"queries": ["fail", "harbor"]}).status_code == 500
         assert client.post("/search", json={"queries": ["harbor"]}).json()["results"][0][0]["id"] == "a"
 
@@ -207,10 +210,12 @@ def impatient(monkeypatch):
     """The port of a server that waits half a second for a request."""
     import uvicorn
 
-    monkeypatch.setattr(retriever, "MAX_SECONDS", 0.5)
-    batcher = retriever.Batcher()
+    monkeypatch.setattr(search_server, "MAX_SECONDS", 0.5)
+    batcher = search_server.Batcher()
     batcher.retriever = TantivyBM25.build(PASSAGES)
-    server = uvicorn.Server(uvicorn.Config(retriever.make_app(batcher), http=retriever.impatient_http(), log_level="error"))
+    server = uvicorn.Server(
+        uvicorn.Config(search_server.make_app(batcher), http=search_server.impatient_http(), log_level="error")
+    )
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -250,13 +255,13 @@ def test_a_head_of_megabytes_is_refused(impatient):
 
 
 def test_an_index_that_does_not_open_stops_the_server(tmp_path):
-    command = [sys.executable, retriever.__file__, "serve", "--index", str(tmp_path / "none"), "--port", "0"]
+    command = [sys.executable, search_server.__file__, "--index", str(tmp_path / "none"), "--port", "0"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2 and "neither a passage file" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_a_port_that_is_taken_is_one_line(server):
-    command = [sys.executable, retriever.__file__, "serve", "--index", "x", "--port", server.url.rpartition(":")[2]]
+    command = [sys.executable, search_server.__file__, "--index", "x", "--port", server.url.rpartition(":")[2]]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2 and "in use" in result.stderr and len(result.stderr.splitlines()) == 1
 

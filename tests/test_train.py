@@ -18,6 +18,7 @@ import torch
 from gradients import make_episodes
 from tiny import command, equal_states, make_world, metrics_of, state_of, torchrun
 
+import checkpoint
 import train
 from reward import TAGS
 
@@ -203,7 +204,7 @@ def test_bad_updates_in_a_row_stop_the_run_and_are_counted_across_batches_and_re
     with pytest.raises(RuntimeError, match="step 4: 3 updates in a row"):
         train.train(dataclasses.replace(config, steps=4), Path("a"), True, None)
     assert [(row["bad_updates"], row["bad_in_a_row"]) for row in metrics_of("a")] == [(1, 0), (2, 0), (2, 2), (1, 3)]
-    assert train.newest_checkpoint(Path("a/checkpoints"))[1]["step"] == 3
+    assert checkpoint.newest_checkpoint(Path("a/checkpoints"))[1]["step"] == 3
 
 
 def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_update_on_all(model_folder, tmp_path):
@@ -379,8 +380,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(world, capsys,
 def test_where_no_checkpoint_is_whole_nothing_is_begun_anew(world):
     """It would drop the log, and remove each new checkpoint as older than the damaged ones."""
     train.train(world, Path("a"), False, None)
-    for checkpoint in Path("a/checkpoints").iterdir():
-        cut(checkpoint)
+    for folder in Path("a/checkpoints").iterdir():
+        cut(folder)
     before = metrics_of("a"), checkpoint_names()
     with pytest.raises(ValueError, match="no checkpoint there is whole"):
         train.train(world, Path("a"), True, None)
@@ -401,7 +402,7 @@ def test_a_model_of_an_earlier_step_is_not_taken_for_that_of_the_last(world, mon
 
 
 def test_a_run_folder_takes_one_process_at_a_time(world, device):
-    with train.RunFolder(Path("a"), world, None).held(False), pytest.raises(ValueError, match="another process"):
+    with checkpoint.RunFolder(Path("a"), world, None).held(False), pytest.raises(ValueError, match="another process"):
         train.train(dataclasses.replace(world, steps=1), Path("a"), True, None)
     assert metrics_of("a") == []
     train.train(dataclasses.replace(world, steps=1), Path("a"), True, None)
@@ -413,7 +414,7 @@ def test_a_file_system_that_does_not_lock_folders_takes_a_run(world, monkeypatch
     def refuse(*_):
         raise OSError(errno.EBADF, "Bad file descriptor")
 
-    monkeypatch.setattr(train.fcntl, "flock", refuse)
+    monkeypatch.setattr(checkpoint.fcntl, "flock", refuse)
     train.train(dataclasses.replace(world, steps=1), Path("a"), False, None)
     assert len(metrics_of("a")) == 1
 
@@ -632,7 +633,7 @@ def test_the_same_batches_on_one_rank_and_on_two_and_resumed_on_the_other(world)
         assert trajectories == one[1]  # the same questions, seeds and tokens
         for row, expected in zip(metrics, one[0], strict=True):
             assert row == pytest.approx(expected, rel=1e-2, abs=1e-4)
-        for moment in train.MOMENTS:  # without those of step 1 they would be off by half
+        for moment in checkpoint.MOMENTS:  # without those of step 1 they would be off by half
             sums = [torch.cat([t.flatten() for name, t in s.items() if name.startswith(moment)]) for s in (state, one[2])]
             assert (sums[0] - sums[1]).norm() < 0.05 * sums[1].norm()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import checkpoint
 import train
 
 ASK = " I look.\n<|begin_of_query|> red harbor <|end_of_query|>"
@@ -108,7 +109,7 @@ def state_of(out) -> dict:
     import torch
     import torch.distributed.checkpoint as dcp
 
-    newest = str(train.checkpoints(Path(out, "checkpoints"))[-1])
+    newest = str(checkpoint.checkpoints(Path(out, "checkpoints"))[-1])
     described = dcp.HuggingFaceStorageReader(newest).read_metadata().state_dict_metadata
     state = {name: torch.empty(tensor.size, dtype=tensor.properties.dtype) for name, tensor in described.items()}
     with warnings.catch_warnings(action="ignore", category=UserWarning):  # that no other rank takes part

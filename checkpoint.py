@@ -1,86 +1,89 @@
-"""The run folder: its log, its checkpoints, resume, export."""
+"""The run folder of train.py: configuration, logs, checkpoints, resume and the exported model.
+
+    config.json            the options of the run, and fingerprints of its questions and prompt
+    metrics.jsonl          one line a step
+    trajectories.jsonl     each step's first group of episodes
+    checkpoints/           the last two: safetensors shards of every rank, readable by any number of
+                           ranks; a checkpoint's name ends in the fingerprint of its files
+    model/                 a Hugging Face folder, written after the last step
+
+Only rank 0 reads and writes, but for the shards of checkpoints.
+"""
 
 import dataclasses
-import fcntl
 import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from records import fingerprint, publish, whole, write_jsonl, write_text
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam calls them
-
+from records import fingerprint, fsync_and_rename, reraise_corrupt, write_jsonl, write_text
 
 KEEP_CHECKPOINTS = 2
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's names of its moments
+STEP_OF_MODEL = "nanosearcher_step.txt"  # in an exported folder: the step of the run that it is of
+# Options that --resume may change: they change no number but by rounding.
+MAY_CHANGE = {
+    "steps",
+    "save_every",
+    "eval_every",
+    "eval_questions",
+    "micro_batch_tokens",
+    "gradient_checkpointing",
+    "cpu_offload",
+    "gpu_memory_utilization",
+}
 
 
-STEP_OF_MODEL = "nanosearcher_step.txt"  # in an exported folder: which of the run's steps it is of
+@dataclass(frozen=True)
+class Progress:
+    """How far a run is; data order and sampling derive from the step."""
+
+    step: int = 0  # rollout batches done
+    updates: int = 0  # optimiser steps done
+    consecutive_skipped: int = 0  # updates skipped since the last one that was done
 
 
-MAY_CHANGE = (  # on --resume: they change no number but for rounding
-    *("steps", "save_every", "eval_every", "eval_questions"),
-    *("micro_batch_tokens", "gradient_checkpointing", "cpu_offload", "gpu_memory_utilization"),
-)
+# --------------------------------------------------------------------------------------------------
+# Checkpoints
 
 
-START = {"step": 0, "updates": 0, "bad_in_a_row": 0}  # the progress of a run that has not begun
-
-
-def whole_parameters(policy: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, whole bf16 tensor), gathered one by one; all ranks must iterate together."""
-    for name, parameter in policy.lm.named_parameters():
-        yield name, parameter.detach().bfloat16().full_tensor()
-
-
-def export(policy: nn.Module, model: str, out: Path, step: int) -> None:
-    """Write a Hugging Face folder that transformers and vLLM load as it is; it is there as a whole or not at all."""
-    from transformers import AutoTokenizer
-
-    writes = dist.get_rank() == 0
-    state = {name: tensor.cpu() for name, tensor in whole_parameters(policy) if writes}  # all ranks gather, rank 0 keeps
-    if writes:
-        partial, old = out.with_suffix(".partial"), out.with_suffix(".old")
-        with writing(partial):
-            policy.lm.save_pretrained(partial, state_dict=state)
-            policy.lm.config.dtype = "bfloat16"  # save_pretrained names that of the fp32 parameters
-            policy.lm.config.save_pretrained(partial)
-            AutoTokenizer.from_pretrained(model).save_pretrained(partial)
-            write_text(partial / STEP_OF_MODEL, str(step))
-            shutil.rmtree(old, ignore_errors=True)
-            if out.exists():
-                out.rename(old)
-            publish(partial, out)
-        shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
+def create_moments(optimizer: torch.optim.Optimizer, updates: int) -> None:
+    """Make Adam's state as it is after `updates` steps, with moments of zero."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            step = torch.tensor(float(updates), device=parameter.device)
+            optimizer.state[parameter] = {"step": step}
+            for moment in MOMENTS:
+                optimizer.state[parameter][moment] = torch.zeros_like(parameter)
 
 
 def training_state(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Parameters and Adam's moments by name; the moments are made here if the optimiser has not stepped yet."""
+    """Parameters and Adam's moments by name, as they stand in memory."""
     state = {}
     for name, parameter in policy.named_parameters():
-        moments = optimizer.state[parameter]
-        if not moments:
-            moments |= {"step": torch.zeros((), device=parameter.device)}
-            moments |= {moment: torch.zeros_like(parameter) for moment in MOMENTS}
-        state |= {f"model.{name}": parameter.detach()} | {f"{moment}.{name}": moments[moment] for moment in MOMENTS}
+        state[f"model.{name}"] = parameter.detach()
+        for moment in MOMENTS:
+            state[f"{moment}.{name}"] = optimizer.state[parameter][moment]
     return state
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """While a folder is written: if it cannot be, as on a full disk, what is there of it goes, and it is named in one line.
+def remove_partial(partial: Path) -> Iterator[None]:
+    """Remove a folder that could not be written, as on a full disk, and say so in one line.
 
     Raises:
-        OSError: also for what safetensors and torch.distributed.checkpoint raise.
+        OSError: also in place of the errors of safetensors and torch.distributed.checkpoint.
     """
     from safetensors import SafetensorError
     from torch.distributed.checkpoint import CheckpointException
@@ -89,169 +92,254 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, CheckpointException) as error:
         if dist.get_rank() == 0:
-            shutil.rmtree(folder, ignore_errors=True)
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        whole_ones = "the checkpoints before are whole: --resume goes on from them"
-        raise OSError(f"{folder.with_suffix('')}: cannot be written ({cause}); {whole_ones}") from None
+            shutil.rmtree(partial, ignore_errors=True)
+        cause = error
+        if isinstance(error, CheckpointException):
+            cause, _ = next(iter(error.failures.values()))  # of the first rank that failed
+        raise OSError(
+            f"{partial.with_suffix('')}: cannot be written ({cause}); "
+            "the checkpoints before it are whole: --resume goes on from them"
+        ) from None
 
 
-def save_checkpoint(folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, progress: dict) -> None:
-    """Write beside, sync, rename to the step and the digest of what is written; the last KEEP_CHECKPOINTS stay.
+def save_checkpoint(
+    folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
+) -> None:
+    """Write a checkpoint beside its final place, flush it, rename it; keep KEEP_CHECKPOINTS.
 
     Raises:
-        OSError: a rank could not write its shard, as on a full disk; what it wrote goes, the checkpoints before it stay.
+        OSError: a rank could not write its shard. The checkpoints before it stay.
     """
     import torch.distributed.checkpoint as dcp
 
-    writes, name = dist.get_rank() == 0, f"step_{progress['step']:06d}"
+    on_rank0 = dist.get_rank() == 0
+    name = f"step_{progress.step:06d}"
     partial = folder / f"{name}.partial"
-    if writes:
-        for left in folder.glob("*.partial"):  # by a call that was killed
-            shutil.rmtree(left)
+    if on_rank0:
+        for left_by_a_kill in folder.glob("*.partial"):
+            shutil.rmtree(left_by_a_kill)
         partial.mkdir(parents=True)
     dist.barrier()
-    with writing(partial):
+    if not optimizer.state:  # no update has been done
+        create_moments(optimizer, updates=0)
+    with remove_partial(partial):
         writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
         dcp.save(training_state(policy, optimizer), storage_writer=writer)
         dist.barrier()
-        if writes:
-            write_text(partial / "progress.json", json.dumps(progress))
-            publish(partial, folder / f"{name}-{fingerprint(partial)[:16]}")
-    if writes:
-        for old in checkpoints(folder)[:-KEEP_CHECKPOINTS]:
+        if on_rank0:
+            write_text(partial / "progress.json", json.dumps(dataclasses.asdict(progress)))
+            fsync_and_rename(partial, folder / f"{name}-{fingerprint(partial)[:16]}")
+    if on_rank0:
+        for old in list_checkpoints(folder)[:-KEEP_CHECKPOINTS]:
             shutil.rmtree(old)
     dist.barrier()
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """By step; those under way and those set aside are not among them."""
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The finished checkpoints by step."""
     return sorted(folder.glob("step_??????-" + "?" * 16))
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path | None, dict]:
-    """The newest checkpoint that is whole and its progress, or that of a start; damaged ones are named and passed over.
+def newest_checkpoint(folder: Path) -> tuple[Path | None, Progress]:
+    """The newest checkpoint that is whole; damaged ones that are newer are named and removed.
 
     Raises:
-        ValueError: there are checkpoints and none is whole; to begin anew would lose what the run has logged.
+        ValueError: there are checkpoints and none is whole. To begin anew would lose the run's log.
     """
-    for path in reversed(checkpoints(folder)):
+    damaged = []
+    for path in reversed(list_checkpoints(folder)):
         if path.name.endswith(fingerprint(path)[:16]):
-            return path, json.loads((path / "progress.json").read_text())
-        print(f"train.py: {path} is damaged and is passed over", file=sys.stderr)
-    if checkpoints(folder):
-        raise ValueError(f"{folder}: no checkpoint there is whole; give another --out to begin anew")
-    return None, START
+            for each in damaged:
+                print(f"train.py: {each} is damaged; {path.name} is used instead", file=sys.stderr)
+                shutil.rmtree(each)
+            return path, Progress(**json.loads((path / "progress.json").read_text()))
+        damaged.append(path)
+    if damaged:
+        raise ValueError(
+            f"{folder}: no checkpoint there is whole; give another --out to begin anew"
+        )
+    return None, Progress()
 
 
-def load_checkpoint(path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, progress: dict) -> None:
-    """Read the shards in place; they may come from another number of ranks."""
+def load_checkpoint(
+    path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
+) -> None:
+    """Read the shards into the parameters and moments; they may be of another number of ranks."""
     import torch.distributed.checkpoint as dcp
 
-    dcp.load(training_state(policy, optimizer), storage_reader=dcp.HuggingFaceStorageReader(str(path)))
-    for moments in optimizer.state.values():
-        moments["step"].fill_(progress["updates"])
+    create_moments(optimizer, progress.updates)
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    dcp.load(training_state(policy, optimizer), storage_reader=reader)
+
+
+# --------------------------------------------------------------------------------------------------
+# Export
+
+
+def export(
+    lm: nn.Module, named_tensors: Iterable[tuple[str, Tensor]], source: str, out: Path, step: int
+) -> None:
+    """Write a Hugging Face folder that transformers and vLLM load as it is.
+
+    The folder appears as a whole or not at all; a model that is there stays until then.
+
+    Args:
+        lm: the model, for its configuration.
+        named_tensors: its whole parameters; all ranks iterate, since all ranks gather.
+        source: the folder or hub name of its tokenizer.
+        step: the step of the run, which the folder notes.
+    """
+    from transformers import AutoTokenizer
+
+    on_rank0 = dist.get_rank() == 0
+    state = {}
+    for name, tensor in named_tensors:
+        if on_rank0:
+            state[name] = tensor.cpu()
+    if on_rank0:
+        partial, old = out.with_suffix(".partial"), out.with_suffix(".old")
+        with remove_partial(partial):
+            lm.save_pretrained(partial, state_dict=state)
+            lm.config.dtype = (
+                "bfloat16"  # save_pretrained has noted the dtype of the fp32 parameters
+            )
+            lm.config.save_pretrained(partial)
+            AutoTokenizer.from_pretrained(source).save_pretrained(partial)
+            write_text(partial / STEP_OF_MODEL, str(step))
+            shutil.rmtree(old, ignore_errors=True)
+            if out.exists():
+                out.rename(old)
+            fsync_and_rename(partial, out)
+        shutil.rmtree(old, ignore_errors=True)
+    dist.barrier()
+
+
+# --------------------------------------------------------------------------------------------------
+# The run folder
 
 
 class RunFolder:
-    """config.json, metrics.jsonl, trajectories.jsonl, checkpoints/ and, at the end, model/. Only rank 0 reads and writes."""
+    """The files of one run.
 
-    def __init__(self, path: Path, config, log: str | None):
-        self.path, self.writes, self.logger, self.board = path, dist.get_rank() == 0, log, None
+    Args:
+        path: the folder.
+        config: the options of the run, a dataclass.
+        logger: "tensorboard" or "wandb", to log there too.
+    """
+
+    def __init__(self, path: Path, config, logger: str | None = None):
+        self.path, self.logger, self.board = path, logger, None
+        self.on_rank0 = dist.get_rank() == 0
+        self.config = dataclasses.asdict(config)
         data = [file for file in (config.questions, config.prompt_file) if Path(file).is_file()]
-        self.config, self.contents = dataclasses.asdict(config), {file: fingerprint(file) for file in data}
+        self.contents = {file: fingerprint(file) for file in data}
 
     @contextmanager
-    def held(self, resume: bool) -> Iterator[None]:
-        """Keep other processes out.
+    def lock(self, resume: bool) -> Iterator[None]:
+        """Keep other processes out of the folder.
 
         Raises:
-            ValueError: another process holds the folder; there is a run in it and `resume` is off, or another run.
+            ValueError: another process holds it, it holds another run, or a run without `resume`.
         """
-        if not self.writes:
+        if not self.on_rank0:
             yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
-        folder = os.open(self.path, os.O_RDONLY)
         try:
-            try:
-                fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:  # ranks that outlived their torchrun, for one
-                raise ValueError(f"{self.path}: another process is training in it") from None
-            except OSError:
-                pass  # a file system that does not lock folders, as NFS
-            self._refuse_another(resume)
-            yield
-        finally:
-            os.close(folder)
+            with FileLock(self.path / ".lock", timeout=0):
+                self._refuse_another_run(resume)
+                yield
+        except Timeout:  # for one, ranks that outlived their torchrun
+            raise ValueError(f"{self.path}: another process is training in it") from None
 
-    def _refuse_another(self, resume: bool) -> None:
+    def _refuse_another_run(self, resume: bool) -> None:
         if not any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints")):
             return
         if not resume:
-            raise ValueError(f"{self.path}: holds a run already; --resume goes on with it, --out names another folder")
-        with whole(file := self.path / "config.json", "give another --out"):
+            raise ValueError(
+                f"{self.path}: holds a run already; --resume goes on with it, "
+                "--out names another folder"
+            )
+        file = self.path / "config.json"
+        with reraise_corrupt(file, "give another --out"):
             before = dict(json.loads(file.read_text()))
         for name, value in self.config.items():
             if name not in MAY_CHANGE and value != before.get(name):
                 raise ValueError(f"{file}: this run has --{name} {before.get(name)}, not {value}")
         if before.get("contents") != self.contents:
-            raise ValueError(f"{file}: {' or '.join(self.contents)} has changed since this run began; give another --out")
+            changed = " or ".join(self.contents)
+            raise ValueError(
+                f"{file}: {changed} has changed since this run began; give another --out"
+            )
 
-    def progress(self, resume: bool) -> tuple[Path | None, dict, bool]:
-        """The checkpoint to go on from, if any, how far it is, and whether a model of that step is there; on all ranks."""
-        found = [None]
-        if self.writes:
-            path, progress = newest_checkpoint(self.path / "checkpoints") if resume else (None, START)
-            exported = self.path / "model" / STEP_OF_MODEL
-            found = [(path, progress, exported.exists() and exported.read_text() == str(progress["step"]))]
+    def find_progress(self, resume: bool) -> tuple[Path | None, Progress, bool]:
+        """The checkpoint to go on from, its progress, and whether its model is exported."""
+        found: list[Any] = [None]
+        if self.on_rank0:
+            checkpoint, progress = None, Progress()
+            if resume:
+                checkpoint, progress = newest_checkpoint(self.path / "checkpoints")
+            noted = self.path / "model" / STEP_OF_MODEL
+            exported = noted.exists() and noted.read_text() == str(progress.step)
+            found = [(checkpoint, progress, exported)]
         dist.broadcast_object_list(found)
         return found[0]
 
     def begin(self, step: int) -> None:
-        """Drop what a lost stretch has logged after `step`, so that no step stands twice.
+        """Write the configuration, and remove log lines after `step`, left by a run that died.
 
         Raises:
             ValueError: a log is damaged.
         """
-        if not self.writes:
+        if not self.on_rank0:
             return
         config = self.config | {"contents": self.contents}
-        write_text(self.path / "config.json", json.dumps(config, indent=1))  # --resume needs it whole
-        for file in (self.path / "metrics.jsonl", self.path / "trajectories.jsonl"):
+        write_text(self.path / "config.json", json.dumps(config, indent=1))
+        for name in ("metrics.jsonl", "trajectories.jsonl"):
+            file = self.path / name
             if file.exists():
-                with whole(file):
-                    lines = file.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last new line is torn
-                    kept = [record for record in map(json.loads, lines) if record["step"] <= step]
+                with reraise_corrupt(file):
+                    *lines, _ = file.read_text(encoding="utf-8").split("\n")  # the last one is torn
+                    logged = [json.loads(line) for line in lines]
+                    kept = [record for record in logged if record["step"] <= step]
                 write_jsonl(file, kept)
-        for path in checkpoints(self.path / "checkpoints"):
-            if path.name[: len("step_000000")] > f"step_{step:06d}":  # damaged: out of the way of new ones
-                shutil.rmtree(aside := path.with_suffix(".damaged"), ignore_errors=True)
-                path.rename(aside)
         if self.logger == "wandb":
             import wandb
 
-            wandb.init(project="nanosearcher", name=self.path.name, config=self.config, dir=self.path, sync_tensorboard=True)
+            wandb.init(
+                project="nanosearcher",
+                name=self.path.name,
+                config=self.config,
+                dir=self.path,
+                sync_tensorboard=True,
+            )
         if self.logger:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(self.path)
 
-    def append(self, name: str, records: list[dict]) -> None:
-        if not self.writes:
+    def log(self, metrics: dict[str, float], trajectories: list[dict]) -> None:
+        """Append a step's metrics and trajectories; they are on the disk before its checkpoint."""
+        if not self.on_rank0:
             return
+        self._append("metrics.jsonl", [metrics])
+        self._append("trajectories.jsonl", trajectories)
+        if self.board is not None:
+            for name, value in metrics.items():
+                self.board.add_scalar(name, value, metrics["step"])
+
+    def _append(self, name: str, records: list[dict]) -> None:
+        file = self.path / name
         try:
-            with open(self.path / name, "a", encoding="utf-8") as stream:
-                stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+            with open(file, "a", encoding="utf-8") as stream:
+                for record in records:
+                    stream.write(json.dumps(record, ensure_ascii=False) + "\n")
                 stream.flush()
-                os.fsync(stream.fileno())  # before the checkpoint of its step
+                os.fsync(stream.fileno())
         except OSError as error:
-            raise OSError(f"{self.path / name}: cannot be written ({error})") from None
+            raise OSError(f"{file}: cannot be written ({error})") from None
 
-    def say(self, line: str) -> None:
-        if self.writes:
+    def print_rank0(self, line: str) -> None:
+        """Print above the progress bars."""
+        if self.on_rank0:
             tqdm.write(line)
-
-    def log(self, metrics: dict[str, float]) -> None:
-        self.append("metrics.jsonl", [metrics])
-        for name, value in metrics.items() if self.board else ():
-            self.board.add_scalar(name, value, metrics["step"])

@@ -1,4 +1,9 @@
-"""Questions and passages on disk: formats, reading, writing whole or not at all, errors of one line."""
+"""Questions and passages on disk: formats, files that are written whole or not at all, errors of one line.
+
+question   {"id", "question", "answers": [..], "dataset"}, or as R1-Searcher released them,
+           {"idx", "question", "answer": str | list | bool}
+passage    {"id", "title", "text"}, or as wiki-18 has them, {"id", "contents": "\\"title\\"\\ntext"}
+"""
 
 import hashlib
 import json
@@ -9,76 +14,81 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 from tqdm import tqdm
+
+# What parsing a JSON value raises when the value does not have the expected shape.
+MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+# Longest question in characters: every sample of a question holds the question's tokens.
+MAX_QUESTION_CHARACTERS = 100_000
 
 
 class Passage(TypedDict):
     id: str
     title: str
     text: str
-    score: NotRequired[float]
+    score: NotRequired[float]  # where the search backend has one
 
 
-# what comes of JSON that is not as expected
-MALFORMED = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+# --------------------------------------------------------------------------------------------------
+# Errors of one line
 
 
-def scan_jsonl(path: str | Path, parse: Callable[[dict], dict], expected: str) -> Iterator[tuple[int, dict]]:
-    """Stream a JSONL file of any size: where each line begins, in bytes, and its record, through `parse`.
+@contextmanager
+def user_errors(program: str) -> Iterator[None]:
+    """Turn an error that the user can mend into one line on stderr and exit status 2.
 
-    Memory: 8 bytes a record, to see that every `id` is there once.
+    Such errors are every OSError, and every ValueError or RuntimeError that a `raise` statement of
+    this repository raised. All others are bugs and keep their traceback.
+    """
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        origin = traceback.extract_tb(error.__traceback__)[-1]
+        in_repository = Path(__file__).resolve().parent in Path(origin.filename).resolve().parents
+        raised_on_purpose = in_repository and (origin.line or "").startswith("raise ")
+        if not (raised_on_purpose or isinstance(error, OSError)):
+            raise
+        print(f"{program}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+
+
+@contextmanager
+def reraise_corrupt(path: str | Path, remedy: str = "build it again") -> Iterator[None]:
+    """Name the file or folder that a library could not read.
 
     Raises:
-        ValueError: names the file, the line and what is wrong (not JSON, not `expected`, an id twice, no record at all).
+        ValueError: in place of whatever the body raised, `path` and `remedy` in one line.
     """
-    ids, begin = array("q"), 0
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    record = parse(json.loads(line))
-                    ids.append(hash(record["id"]))
-                except MALFORMED as error:  # cut: it may quote all of a binary file
-                    raise ValueError(f"{path}:{number}: expected {expected}, got {error!r:.200}") from None
-                yield begin, record
-            begin += len(line)
-    if not ids:
-        raise ValueError(f"{path}: it holds no {expected}")
-    hashes = np.frombuffer(ids, np.int64)
-    hashes.sort()
-    if twice := set(hashes[1:][hashes[1:] == hashes[:-1]].tolist()):  # to be looked at: equal hashes may be of different ids
-        seen = set()
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip() and hash(name := parse(json.loads(line))["id"]) in twice:
-                    if name in seen:
-                        raise ValueError(f"{path}:{number}: id {name!r:.200} occurs twice")
-                    seen.add(name)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic of tantivy is not an Exception
+        raise ValueError(
+            f"{path}: damaged or of another version ({error!r:.200}); {remedy}"
+        ) from None
 
 
-def read_jsonl(path: str | Path, parse: Callable[[dict], dict], expected: str) -> list[dict]:
-    """All records of a JSONL file; errors as in `scan_jsonl`."""
-    return [record for _, record in scan_jsonl(path, parse, expected)]
+def refuse_to_overwrite(out: Path) -> None:
+    """Make the parent folder of a new file.
+
+    Raises:
+        ValueError: the file exists.
+    """
+    if out.exists():
+        raise ValueError(f"{out} is there already; remove it to make it again")
+    out.parent.mkdir(parents=True, exist_ok=True)
 
 
-def write_jsonl(path: Path, records: list[dict]) -> None:
-    """Write beside and rename, so that a file that exists is whole."""
-    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+# --------------------------------------------------------------------------------------------------
+# Writing
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write beside and rename, so that a file that exists is whole."""
-    partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(text)
-    publish(partial, path)
-
-
-def sync(path: Path) -> None:
-    """Put a file, or a folder's names, on the disk."""
+def fsync_path(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -86,99 +96,209 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def publish(partial: Path, path: Path) -> None:
-    """Name a file or folder once it is on the disk: a power cut may else leave the name and not what it names."""
-    for part in (*(partial.iterdir() if partial.is_dir() else ()), partial):
-        sync(part)
+def fsync_and_rename(partial: Path, path: Path) -> None:
+    """Give a finished file or folder its name.
+
+    The content is flushed first: after a power cut the name may exist, but never without content.
+    """
+    content = list(partial.iterdir()) if partial.is_dir() else []
+    for part in [*content, partial]:
+        fsync_path(part)
     partial.rename(path)
-    sync(path.parent)
+    fsync_path(path.parent)
 
 
-@contextmanager
-def user_errors(program: str) -> Iterator[None]:
-    """End a command in one line and status 2 on a file's error or one that this project raises; others are bugs."""
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError) as error:
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        ours = Path(place.filename).resolve().parent == Path(__file__).resolve().parent and place.line.startswith("raise ")
-        if not (ours or isinstance(error, OSError)):
-            raise
-        print(f"{program}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+def write_text(path: Path, text: str) -> None:
+    """Write beside `path` and rename, so that a file that exists is whole."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    fsync_and_rename(partial, path)
 
 
-@contextmanager
-def whole(path: str | Path, remedy: str = "build it again") -> Iterator[None]:
-    """What a library cannot read is named."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # a panic of tantivy's is no Exception
-        raise ValueError(f"{path}: damaged or of another version ({error!r:.200}); {remedy}") from None
+def write_jsonl(path: Path, records: list[Any]) -> None:
+    """One JSON value a line, through `write_text`."""
+    write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
-def clean(text: str) -> str:
-    """Lone surrogates, which JSON can carry and neither UTF-8 nor a tokenizer can, become question marks."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+class Journal:
+    """The finished records of a command that may be killed, as JSON lines; the same command goes on.
+
+    The first line holds the settings on which the records depend. A last line without its line end
+    was being written when the process died and is dropped.
+
+    Args:
+        path: file of the journal.
+        settings: JSON values by name.
+    Attributes:
+        records: what earlier calls have appended.
+
+    Raises:
+        ValueError: the journal is damaged, or its settings are others.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any]):
+        settings = json.loads(json.dumps(settings))  # as they read back: a tuple becomes a list
+        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+        before = settings
+        self.path, self.records = path, []
+        if lines:
+            with reraise_corrupt(path, "remove it to begin again"):
+                before, *self.records = [json.loads(line) for line in lines]
+                before = dict(before)
+        for name in before | settings:
+            if before.get(name) != settings.get(name):
+                raise ValueError(
+                    f"{path}: begun with {name} {before.get(name)}, not {settings.get(name)}; "
+                    "remove it to begin again"
+                )
+        write_jsonl(path, [settings, *self.records])
+        self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 flushed line by line
+
+    def append(self, record: Any) -> None:
+        self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+    def remove(self) -> None:
+        self.file.close()
+        self.path.unlink()
 
 
-def parse_passage(record: dict) -> Passage:
-    """Our own format, or that of the wiki-18 corpus: `{"id", "contents": "\"title\"\ntext"}`."""
-    if "contents" in record:
-        title, _, text = record["contents"].partition("\n")
-        record = {"id": record["id"], "title": title.removeprefix('"').removesuffix('"'), "text": text}
-    if not (isinstance(record["title"], str) and isinstance(record["text"], str) and isinstance(record["id"], str | int)):
-        raise ValueError("title and text must be strings, id a string or a number")
-    return {key: clean(str(record[key])) for key in ("id", "title", "text")}
-
-
-PASSAGE = '{"id", "title", "text"}'
-
-
-def scan_passages(path: str | Path) -> Iterator[tuple[int, Passage]]:
-    """Stream the passages of a JSONL file with progress; items and errors as in `scan_jsonl`."""
-    return tqdm(scan_jsonl(path, parse_passage, PASSAGE), desc=f"reading {path}", unit=" passages", delay=2, mininterval=1)
-
-
-def read_passages(path: str | Path) -> list[Passage]:
-    """Passages of a JSONL file; errors as in `scan_jsonl`."""
-    return [passage for _, passage in scan_passages(path)]
-
-
-def texts(answers: str | bool | list | None) -> list[str]:
-    """Answers as the data sets write them, as texts: one or a list, booleans for yes and no, null for none."""
-    answers = answers if isinstance(answers, list) else [answers]
-    return [("no", "yes")[a] if isinstance(a, bool) else str(a).strip() for a in answers if a is not None]
-
-
-MAX_QUESTION = 100_000  # characters: each of its samples holds its tokens, and each tensor of the batch is as wide
-
-
-def parse_question(record: dict, dataset: str) -> dict:
-    """Our own format or the released one, `{"idx", "question", "answer": str | list | bool}`; `dataset` if it names none."""
-    name, dataset = record["id"] if "id" in record else record["idx"], record.get("dataset") or dataset
-    question, answers = record["question"].strip(), texts(record["answers"] if "answers" in record else record["answer"])
-    if not question or not any(answers):
-        raise ValueError("a question without text or answer")
-    if len(question) > MAX_QUESTION:
-        raise ValueError(f"a question of {len(question)} characters, of at most {MAX_QUESTION}")
-    if not (isinstance(name, str | int) and isinstance(dataset, str)):
-        raise ValueError("id must be a string or a number, dataset a string")
-    answers = [clean(a) for a in answers if a]
-    return {"id": clean(str(name)), "question": clean(question), "answers": answers, "dataset": clean(dataset)}
-
-
-def read_questions(path: str | Path) -> list[dict]:
-    """Questions as `{"id", "question", "answers", "dataset"}`; errors as in `read_jsonl`."""
-    return read_jsonl(path, lambda record: parse_question(record, Path(path).stem), '{"id", "question", "answers"}')
+# --------------------------------------------------------------------------------------------------
+# Reading
 
 
 def fingerprint(path: str | Path) -> str:
     """SHA-256 of a file, or of the names and fingerprints of the files in a folder."""
-    if Path(path).is_dir():
-        files = sorted(file for file in Path(path).iterdir() if file.is_file())
-        return hashlib.sha256("".join(f"{file.name} {fingerprint(file)}\n" for file in files).encode()).hexdigest()
+    path = Path(path)
+    if path.is_dir():
+        files = sorted(file for file in path.iterdir() if file.is_file())
+        listing = "".join(f"{file.name} {fingerprint(file)}\n" for file in files)
+        return hashlib.sha256(listing.encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def scan_jsonl(
+    path: str | Path, parse: Callable[[dict], dict], expected: str
+) -> Iterator[tuple[int, dict]]:
+    """Stream a JSONL file of any size; memory is 8 bytes a line, to see that no `id` occurs twice.
+
+    Args:
+        parse: turns a line's JSON value into a record with an `id`.
+        expected: what a line should hold, for error messages.
+    Yields:
+        The byte at which the line begins, and the record.
+
+    Raises:
+        ValueError: names the file, the line and what is wrong: not JSON, not `expected`, an `id` for
+            the second time (known only after the last line), or no record at all.
+    """
+    ids = array(
+        "q"
+    )  # hash of every line's id; 64 bits: two ids of 29 M collide once in 40,000 files
+    begin = records = 0
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    record = parse(json.loads(line))
+                    ids.append(hash(record["id"]))
+                except MALFORMED as error:  # cut: the error may quote all of a binary file
+                    raise ValueError(
+                        f"{path}:{number}: expected {expected}, got {error!r:.200}"
+                    ) from None
+                records += 1
+                yield begin, record
+            else:
+                ids.append(hash((number, "blank")))
+            begin += len(line)
+    if not records:
+        raise ValueError(f"{path}: it holds no {expected}")
+    hashes = np.frombuffer(ids, np.int64)
+    order = hashes.argsort(kind="stable")
+    repeated = np.flatnonzero(hashes[order[1:]] == hashes[order[:-1]])
+    if len(repeated):
+        first, second = order[repeated[0] : repeated[0] + 2] + 1
+        raise ValueError(f"{path}:{second}: the id of line {first} occurs twice")
+
+
+def read_jsonl(path: str | Path, parse: Callable[[dict], dict], expected: str) -> list[dict]:
+    """All records of a JSONL file; errors as in `scan_jsonl`."""
+    return [record for _, record in scan_jsonl(path, parse, expected)]
+
+
+def replace_surrogates(text: str) -> str:
+    """Replace lone surrogates by "?": JSON can carry them, UTF-8 and tokenizers cannot."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+# --------------------------------------------------------------------------------------------------
+# Passages
+
+
+def parse_passage(record: dict) -> Passage:
+    """A passage of either format; raises one of `MALFORMED` if it is of neither."""
+    if "contents" in record:
+        title, _, text = record["contents"].partition("\n")
+        title = title.removeprefix('"').removesuffix('"')
+        record = {"id": record["id"], "title": title, "text": text}
+    if not isinstance(record["id"], str | int):
+        raise ValueError("id must be a string or a number")
+    if not (isinstance(record["title"], str) and isinstance(record["text"], str)):
+        raise ValueError("title and text must be strings")
+    return {key: replace_surrogates(str(record[key])) for key in ("id", "title", "text")}
+
+
+def scan_passages(path: str | Path) -> Iterator[tuple[int, Passage]]:
+    """Stream a passage file with progress; items and errors as in `scan_jsonl`."""
+    passages = scan_jsonl(path, parse_passage, '{"id", "title", "text"}')
+    return tqdm(passages, desc=f"reading {path}", unit=" passages", delay=2, mininterval=1)
+
+
+def read_passages(path: str | Path) -> list[Passage]:
+    """All passages of a file; errors as in `scan_jsonl`."""
+    return [passage for _, passage in scan_passages(path)]
+
+
+# --------------------------------------------------------------------------------------------------
+# Questions
+
+
+def answer_texts(answers: str | bool | list | None) -> list[str]:
+    """Answers as data sets write them (one or a list, booleans for yes and no, null) as texts."""
+    answers = answers if isinstance(answers, list) else [answers]
+    texts = []
+    for answer in answers:
+        if isinstance(answer, bool):
+            texts.append("yes" if answer else "no")
+        elif answer is not None:
+            texts.append(str(answer).strip())
+    return texts
+
+
+def parse_question(record: dict, dataset: str) -> dict:
+    """A question of either format, of `dataset` if it names none; raises one of `MALFORMED` else."""
+    name = record["id"] if "id" in record else record["idx"]
+    dataset = record.get("dataset") or dataset
+    question = record["question"].strip()
+    answers = answer_texts(record["answers"] if "answers" in record else record["answer"])
+    answers = [replace_surrogates(answer) for answer in answers if answer]
+    if not question or not answers:
+        raise ValueError("a question without text or answer")
+    if len(question) > MAX_QUESTION_CHARACTERS:
+        limit = MAX_QUESTION_CHARACTERS
+        raise ValueError(f"a question of {len(question)} characters, of at most {limit}")
+    if not (isinstance(name, str | int) and isinstance(dataset, str)):
+        raise ValueError("id must be a string or a number, dataset a string")
+    return {
+        "id": replace_surrogates(str(name)),
+        "question": replace_surrogates(question),
+        "answers": answers,
+        "dataset": replace_surrogates(dataset),
+    }
+
+
+def read_questions(path: str | Path) -> list[dict]:
+    """All questions of a file; one without a dataset is of the file's name. Errors: `scan_jsonl`."""
+    dataset = Path(path).stem
+    parse = lambda record: parse_question(record, dataset)  # noqa: E731
+    return read_jsonl(path, parse, '{"id", "question", "answers"}')

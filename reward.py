@@ -1,11 +1,12 @@
-"""What a trajectory is asked to look like, and what it earns.
+"""What a trajectory should look like, and what it earns.
 
-The format first (tags, prompts, rules), then the answer metrics, then the rewards built from both. Everything here is
-plain text in, plain numbers out: no torch, no tokenizer.
+Tags and prompts come first, then the format rules, the answer metrics, and the rewards built from
+both. Everything here is plain text in and plain numbers out: no torch, no tokenizer.
 
-Only what the policy itself wrote is judged. Retrieved passages never reach a rule or a metric, so a passage that contains
-`</answer>` can neither earn nor cost anything (the official code scans the whole transcript; on the authors' released
-outputs that would punish 4.5 % of the trajectories for text that they did not write).
+Only what the policy itself wrote is judged. Retrieved passages never reach a rule or a metric, so a
+passage that contains `</answer>` can neither earn nor cost anything. (The official code scans the
+whole transcript; on the authors' released outputs this punishes 4.5 % of the trajectories for text
+that the policy did not write.)
 """
 
 import re
@@ -15,92 +16,104 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The format: tags
+# --------------------------------------------------------------------------------------------------
+# Tags
+
+
+class Tag(NamedTuple):
+    opening: str
+    closing: str
 
 
 class Tags(NamedTuple):
-    """The markers of the search protocol, (opening, closing) each. To change the protocol, change them here."""
+    """The markers of the search protocol. To change the protocol, change them here."""
 
-    think: tuple[str, str] = ("<think>", "</think>")
-    answer: tuple[str, str] = ("<answer>", "</answer>")
-    query: tuple[str, str] = ("<|begin_of_query|>", "<|end_of_query|>")
-    documents: tuple[str, str] = ("<|begin_of_documents|>", "<|end_of_documents|>")
+    think: Tag = Tag("<think>", "</think>")
+    answer: Tag = Tag("<answer>", "</answer>")
+    query: Tag = Tag("<|begin_of_query|>", "<|end_of_query|>")
+    documents: Tag = Tag("<|begin_of_documents|>", "<|end_of_documents|>")
 
 
 TAGS = Tags()
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The format: prompts. A template is a list of (role, text) with `{question}` in it; role "text" is a plain completion
-# prompt, the others go through the tokenizer's chat template. Every prompt opens the `<think>` that the policy closes.
+# --------------------------------------------------------------------------------------------------
+# Prompts: a list of (role, text) with `{question}` in it. Role "text" is a plain completion
+# prompt; the other roles go through the tokenizer's chat template. Every prompt opens the `<think>`
+# that the policy has to close.
 
 _INSTRUCTIONS = f"""\
-Work out the answer to the question step by step, and write your reasoning between {TAGS.think[0]} and {TAGS.think[1]}.
+Work out the answer to the question step by step, and write your reasoning between \
+{TAGS.think.opening} and {TAGS.think.closing}.
 Whenever you lack a fact, ask a search engine for it inside your reasoning: write \
-{TAGS.query[0]} a few keywords {TAGS.query[1]} and stop. The results follow between {TAGS.documents[0]} and \
-{TAGS.documents[1]}. Ask for one fact at a time and search as often as you need.
-When you know the answer, close your reasoning and write nothing but the answer itself, in a few words, like this: \
-{TAGS.think[1]} {TAGS.answer[0]} the answer {TAGS.answer[1]}"""
+{TAGS.query.opening} a few keywords {TAGS.query.closing} and stop. The results follow between \
+{TAGS.documents.opening} and {TAGS.documents.closing}. Ask for one fact at a time and search as \
+often as you need.
+When you know the answer, close your reasoning and write nothing but the answer itself, in a few \
+words, like this: {TAGS.think.closing} {TAGS.answer.opening} the answer {TAGS.answer.closing}"""
 
-# Two examples for a model too small to follow instructions. New lines around the tags and a sentence that repeats the
-# document's wording are what it copies best.
+# Two worked examples for a model too small to follow instructions. What such a model copies best
+# are new lines around the tags and a sentence that repeats the document's wording.
 _EXAMPLES = f"""\
 Question: Who directed the film Red Harbor?
-{TAGS.think[0]}
+{TAGS.think.opening}
 I need to find Red Harbor.
-{TAGS.query[0]} Red Harbor {TAGS.query[1]}
+{TAGS.query.opening} Red Harbor {TAGS.query.closing}
 
-{TAGS.documents[0]}
+{TAGS.documents.opening}
 (1)Red Harbor   Red Harbor is a film. It was shot in Dover. It was directed by Peter Lane.
-{TAGS.documents[1]}
+{TAGS.documents.closing}
 It was directed by Peter Lane.
-{TAGS.think[1]}
-{TAGS.answer[0]} Peter Lane {TAGS.answer[1]}
+{TAGS.think.closing}
+{TAGS.answer.opening} Peter Lane {TAGS.answer.closing}
 
 Question: Where was Laura Webb born?
-{TAGS.think[0]}
+{TAGS.think.opening}
 I need to find Laura Webb.
-{TAGS.query[0]} Laura Webb {TAGS.query[1]}
+{TAGS.query.opening} Laura Webb {TAGS.query.closing}
 
-{TAGS.documents[0]}
+{TAGS.documents.opening}
 (1)Laura Webb   Laura Webb is a singer. She was born in Salem. She is married to Mark Fox.
-{TAGS.documents[1]}
+{TAGS.documents.closing}
 She was born in Salem.
-{TAGS.think[1]}
-{TAGS.answer[0]} Salem {TAGS.answer[1]}
+{TAGS.think.closing}
+{TAGS.answer.opening} Salem {TAGS.answer.closing}
 
 Question: {{question}}
-{TAGS.think[0]}"""
+{TAGS.think.opening}"""
 
 PROMPTS: dict[str, list[tuple[str, str]]] = {
-    "base": [("text", f"{_INSTRUCTIONS}\n\nQuestion: {{question}}\n{TAGS.think[0]}")],
-    "chat": [("system", _INSTRUCTIONS), ("user", "{question}"), ("prefill", TAGS.think[0])],
+    "base": [("text", f"{_INSTRUCTIONS}\n\nQuestion: {{question}}\n{TAGS.think.opening}")],
+    "chat": [("system", _INSTRUCTIONS), ("user", "{question}"), ("prefill", TAGS.think.opening)],
     "demo": [("text", _EXAMPLES)],
 }
 
 
 def load_prompt(name: str) -> list[tuple[str, str]]:
-    """The prompt of that name, or the text file of that path with `{question}` in it.
+    """The prompt of that name, or the text file at that path with `{question}` in it.
 
     Raises:
         ValueError, OSError: the file is not UTF-8, or it cannot be read.
     """
+    if name in PROMPTS:
+        return PROMPTS[name]
     try:
-        return PROMPTS[name] if name in PROMPTS else [("text", Path(name).read_text(encoding="utf-8"))]
+        return [("text", Path(name).read_text(encoding="utf-8"))]
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: not UTF-8 ({error})") from None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The format: rules. Each takes the policy's own text (its turns joined, documents left out) and says whether it holds.
+# --------------------------------------------------------------------------------------------------
+# Format rules. A rule takes the policy's own text (its turns joined, documents left out) and says
+# whether the text keeps the rule.
 
 MAX_ANSWER_WORDS = 10
 _CJK = re.compile(r"[\u4e00-\u9fff]")
+_QUERY_TAG = re.compile("|".join(re.escape(tag) for tag in TAGS.query))
 
 
 def one_think(text: str) -> bool:
     """The reasoning is closed exactly once and never opened again (the prompt opened it)."""
-    return text.count(TAGS.think[1]) == 1 and TAGS.think[0] not in text
+    return text.count(TAGS.think.closing) == 1 and TAGS.think.opening not in text
 
 
 def one_answer(text: str) -> bool:
@@ -108,19 +121,21 @@ def one_answer(text: str) -> bool:
     opening, closing = TAGS.answer
     if text.count(opening) != 1 or text.count(closing) != 1:
         return False
-    think_end = text.rfind(TAGS.think[1])
-    return think_end < text.index(opening) < text.index(closing) and text.rstrip().endswith(closing)
+    think_end = text.rfind(TAGS.think.closing)
+    in_order = think_end < text.index(opening) < text.index(closing)
+    return in_order and text.rstrip().endswith(closing)
 
 
 def paired_queries(text: str) -> bool:
     """Queries open and close in turn, none is empty, and none comes after the reasoning."""
-    opening, closing = TAGS.query
-    thinking, *after = text.split(TAGS.think[1])
-    if any(tag in part for part in after for tag in TAGS.query):
+    reasoning, _, after = text.partition(TAGS.think.closing)
+    if _QUERY_TAG.search(after):
         return False
-    pieces = re.split(f"({re.escape(opening)}|{re.escape(closing)})", thinking)
-    marks, bodies = pieces[1::2], pieces[2::4]
-    return marks == [opening, closing] * (len(marks) // 2) and all(body.strip() for body in bodies)
+    tags = _QUERY_TAG.findall(reasoning)
+    if tags != list(TAGS.query) * (len(tags) // 2):
+        return False
+    queries = _QUERY_TAG.split(reasoning)[1::2]  # between an opening tag and its closing tag
+    return all(query.strip() for query in queries)
 
 
 def no_documents(text: str) -> bool:
@@ -129,12 +144,12 @@ def no_documents(text: str) -> bool:
 
 
 def short_answer(text: str) -> bool:
-    """The answer has at most ten words, so that F1 cannot be farmed with a list of candidates."""
+    """The answer has at most ten words, so that a list of candidates cannot farm F1."""
     return len(extract_answer(text).split()) <= MAX_ANSWER_WORDS
 
 
 def no_script_switch(text: str) -> bool:
-    """No Chinese characters (the official code's rule: a policy that drifts into another script is penalised)."""
+    """There are no Chinese characters (the official code punishes a drift into another script)."""
     return _CJK.search(text) is None
 
 
@@ -144,38 +159,42 @@ FORMAT_RULES: tuple[Callable[[str], bool], ...] = (
     paired_queries,
     no_documents,
     no_script_switch,
-    short_answer,  # last, so that its name says that every other rule holds
+    short_answer,  # last: where this rule is the one that failed, every other rule holds
 )
 
 
 def failed_rule(text: str) -> str | None:
     """Name of the first format rule that `text` breaks, None if the format is right."""
-    return next((rule.__name__ for rule in FORMAT_RULES if not rule(text)), None)
+    for rule in FORMAT_RULES:
+        if not rule(text):
+            return rule.__name__
+    return None
 
 
 def extract_answer(text: str) -> str:
     """The text of the last `<answer>` ... `</answer>`, stripped; empty if there is none."""
-    opening, closing = TAGS.answer
-    _, found, tail = text.rpartition(opening)
-    answer, closed, _ = tail.partition(closing)
-    return answer.strip() if found and closed else ""
+    _, opened, tail = text.rpartition(TAGS.answer.opening)
+    answer, closed, _ = tail.partition(TAGS.answer.closing)
+    return answer.strip() if opened and closed else ""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Answer metrics, in [0, 1], the best over the gold answers
+# --------------------------------------------------------------------------------------------------
+# Answer metrics, in [0, 1], for one prediction and one gold answer
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
-_PUNCTUATION = str.maketrans(string.punctuation, " " * len(string.punctuation))
+_PUNCTUATION_TO_BLANKS = str.maketrans(string.punctuation, " " * len(string.punctuation))
 
 
 def normalize(text: str) -> str:
     """Lower case, punctuation to blanks, no articles, single blanks.
 
-    SQuAD's evaluator deletes punctuation instead, which makes "acid-house" and "acid house" differ; with a blank the
-    authors' own outputs score what the authors report (EM 58.0, F1 71.9, ACC_R 65.4 on HotpotQA).
+    SQuAD's evaluator deletes punctuation instead, so that "acid-house" and "acid house" differ.
+    With blanks the authors' released outputs score what the authors report (HotpotQA: EM 58.0,
+    F1 71.9, ACC_R 65.4).
     """
-    words = text.lower().translate(_PUNCTUATION)
-    return " ".join(_ARTICLES.sub(" ", words).split() or words.split())  # an answer "A" stays an answer
+    text = text.lower().translate(_PUNCTUATION_TO_BLANKS)
+    words = _ARTICLES.sub(" ", text).split() or text.split()  # the answer "A" stays an answer
+    return " ".join(words)
 
 
 def exact_match(prediction: str, gold: str) -> float:
@@ -183,36 +202,46 @@ def exact_match(prediction: str, gold: str) -> float:
 
 
 def f1(prediction: str, gold: str) -> float:
-    """Harmonic mean of token precision and recall (HotpotQA's evaluator: yes, no and noanswer match only themselves)."""
-    predicted, wanted = normalize(prediction), normalize(gold)
-    if predicted != wanted and {predicted, wanted} & {"yes", "no", "noanswer"}:
+    """Harmonic mean of token precision and recall, as in HotpotQA's evaluator.
+
+    "yes", "no" and "noanswer" match only themselves.
+    """
+    prediction, gold = normalize(prediction), normalize(gold)
+    if prediction != gold and {prediction, gold} & {"yes", "no", "noanswer"}:
         return 0.0
-    predicted_tokens, wanted_tokens = predicted.split(), wanted.split()
-    common = sum((Counter(predicted_tokens) & Counter(wanted_tokens)).values())
-    return 2 * common / (len(predicted_tokens) + len(wanted_tokens)) if common else 0.0
+    predicted_tokens, gold_tokens = prediction.split(), gold.split()
+    common = sum((Counter(predicted_tokens) & Counter(gold_tokens)).values())
+    if common == 0:
+        return 0.0
+    return 2 * common / (len(predicted_tokens) + len(gold_tokens))
 
 
 def cover_exact_match(prediction: str, gold: str) -> float:
-    """ACC_R as the official evaluator has it: every gold token occurs in the prediction, in any order."""
+    """ACC_R of the official evaluator: every gold token occurs in the prediction, in any order."""
     return float(set(normalize(gold).split()) <= set(normalize(prediction).split()))
 
 
 def contiguous_match(prediction: str, gold: str) -> float:
-    """The gold answer occurs in the prediction in one piece: the stricter reading of ACC_R, for comparison only."""
+    """The stricter reading of ACC_R, for comparison: the gold answer occurs in one piece."""
     return float(f" {normalize(gold)} " in f" {normalize(prediction)} ")
 
 
-METRICS: dict[str, Callable[[str, str], float]] = {"em": exact_match, "f1": f1, "acc_r": cover_exact_match}
+METRICS: dict[str, Callable[[str, str], float]] = {
+    "em": exact_match,
+    "f1": f1,
+    "acc_r": cover_exact_match,
+}
 
 
 def best(metric: Callable[[str, str], float], prediction: str, answers: list[str]) -> float:
-    """The best value of `metric` over all accepted answers."""
+    """The best value of `metric` over all gold answers."""
     return max(metric(prediction, gold) for gold in answers)
 
 
-# ACC_L is what a language model says of an answer (paper: GPT-4o-mini).
+# ACC_L is the verdict of a language model on an answer (in the paper: GPT-4o-mini).
 JUDGE_PROMPT = """\
-A question was answered. Is the given answer right, that is, does it mean the same as one of the accepted answers?
+A question was answered. Is the given answer right, that is, does it mean the same as one of the \
+accepted answers?
 
 Question: {question}
 Accepted answers: {answers}
@@ -222,17 +251,17 @@ Reply with exactly one word, True or False."""
 
 
 def verdict(reply: str | None) -> bool | None:
-    """What the judge says in one word, True or False; None for anything else."""
+    """The judge's one word, True or False; None for any other reply."""
     word = re.fullmatch(r"[\s\"'`*.]*(true|false)[\s\"'`*.]*", str(reply), re.IGNORECASE)
-    return word and word[1].lower() == "true"
+    return None if word is None else word[1].lower() == "true"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Rewards
+# --------------------------------------------------------------------------------------------------
+# Rewards. A reward takes the `Outcome` of an episode; `REWARDS` names it for --reward.
 
 
 class Outcome(NamedTuple):
-    """All that a reward may look at."""
+    """Everything that a reward may look at."""
 
     text: str  # what the policy wrote, its turns joined
     searches: int  # queries that were answered
@@ -242,51 +271,81 @@ class Outcome(NamedTuple):
     def score(self, metric: str) -> float:
         return best(METRICS[metric], extract_answer(self.text), self.answers)
 
+    @property
+    def well_formed(self) -> bool:
+        return self.failed_rule is None
+
 
 def stage1(o: Outcome) -> float:
     """Learn to call search (paper, section 3.2.1): 0.5 for searching, 0.5 for the format."""
-    return 0.5 * (o.searches >= 1) + 0.5 * (o.failed_rule is None)
+    return 0.5 * (o.searches >= 1) + 0.5 * o.well_formed
 
 
 def stage1_code(o: Outcome) -> float:
-    """Stage 1 of the official Llama script: cover-EM +1 / -1, 0.5 for the tags, 0.5 for think and answer."""
+    """Stage 1 of the official Llama script: cover-EM +1 or -1, 0.5 each for tags and answer."""
     tags = paired_queries(o.text) and no_documents(o.text) and o.searches >= 1
-    return (1.0 if o.score("acc_r") else -1.0) + 0.5 * tags + 0.5 * (one_think(o.text) and one_answer(o.text))
+    think_and_answer = one_think(o.text) and one_answer(o.text)
+    covered = 1.0 if o.score("acc_r") else -1.0
+    return covered + 0.5 * tags + 0.5 * think_and_answer
 
 
 def stage1_readme(o: Outcome) -> float:
-    """Stage 1 of the official README: 0.5 on top of the answer's reward when searched and well-formed."""
-    return o.score("f1") + 0.5 * (o.searches >= 1 and o.failed_rule is None)
+    """Stage 1 of the official README: F1, plus 0.5 if the episode searched and is well-formed."""
+    return o.score("f1") + 0.5 * (o.searches >= 1 and o.well_formed)
 
 
-def _answer_reward(metric: str) -> Callable[[Outcome], float]:
-    """Learn to solve with search (paper, section 3.2.2): the answer's score, less a penalty for a broken format."""
-    return lambda o: o.score(metric) - 2.0 * (o.failed_rule is not None)
+def stage2(o: Outcome) -> float:
+    """Learn to solve with search (paper, section 3.2.2): F1, less 2 for a broken format."""
+    return o.score("f1") - 2.0 * (not o.well_formed)
+
+
+def stage2_em(o: Outcome) -> float:
+    """The paper's ablation of stage 2 with exact match."""
+    return o.score("em") - 2.0 * (not o.well_formed)
+
+
+def stage2_cover_em(o: Outcome) -> float:
+    """The paper's ablation of stage 2 with cover exact match."""
+    return o.score("acc_r") - 2.0 * (not o.well_formed)
 
 
 def stage2_llama(o: Outcome) -> float:
-    """Stage 2 of the official Llama script: a penalty of 1, and no rule on the answer's length."""
-    return o.score("f1") - (o.failed_rule not in (None, "short_answer"))
+    """Stage 2 of the official Llama script: less 1, and no rule on the answer's length."""
+    return o.score("f1") - 1.0 * (o.failed_rule not in (None, "short_answer"))
 
 
 REWARDS: dict[str, Callable[[Outcome], float]] = {
     "stage1": stage1,
     "stage1_code": stage1_code,
     "stage1_readme": stage1_readme,
-    "stage2": _answer_reward("f1"),
-    "stage2_em": _answer_reward("em"),
-    "stage2_cover_em": _answer_reward("acc_r"),
+    "stage2": stage2,
+    "stage2_em": stage2_em,
+    "stage2_cover_em": stage2_cover_em,
     "stage2_llama": stage2_llama,
 }
 
 
-def judge(segments: list[tuple[str, str]], searches: int, answers: list[str], reward: str = "stage2") -> dict:
-    """Score one trajectory: `reward`, each of `METRICS`, `answer` (the prediction), `failed_rule` (None: right format).
+def score_episode(
+    segments: list[tuple[str, str]], searches: int, answers: list[str], reward: str = "stage2"
+) -> dict[str, float | str | None]:
+    """Score one episode.
 
-    Of `segments`, (kind, text) in order, only kind "policy" is looked at; `answers` are gold, at least one.
+    Args:
+        segments: (kind, text) in order; only kind "policy" is looked at.
+        searches: queries that were answered.
+        answers: gold answers, at least one.
+        reward: a name in `REWARDS`.
+    Returns:
+        `reward`, each of `METRICS`, `answer` (the prediction) and `failed_rule` (None: right
+        format).
     """
     text = "".join(text for kind, text in segments if kind == "policy")
     outcome = Outcome(text, searches, answers, failed_rule(text))
     scores = {name: outcome.score(name) for name in METRICS}
-    said = {"answer": extract_answer(text), "failed_rule": outcome.failed_rule}
-    return {"reward": float(REWARDS[reward](outcome))} | scores | said
+    prediction = extract_answer(text)
+    return {
+        "reward": float(REWARDS[reward](outcome)),
+        **scores,
+        "answer": prediction,
+        "failed_rule": outcome.failed_rule,
+    }

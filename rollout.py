@@ -1,134 +1,151 @@
 """Generate, stop at a query, retrieve, resume: how trajectories with searches in them are made.
 
-There is no barrier between turns. As soon as one trajectory stops at a query, its query goes to a small thread pool while
-the engine keeps decoding the others; when the documents arrive, the trajectory goes back to the engine with all its token
-ids, and prefix caching makes the resumption cost only the new tokens.
+There is no barrier between turns. As soon as one trajectory stops at a query, the query goes to a
+small thread pool while the engine keeps decoding the other trajectories. When the documents arrive,
+the trajectory goes back to the engine with all its token ids; prefix caching makes the resumption
+cost only the new tokens.
 
-Tokens in, tokens out: what the model sampled is what will be trained on, id for id. Nothing is decoded and encoded again
-between turns; only injected text is tokenised, once, on its own, with special tokens switched off.
+Tokens in, tokens out: the ids that the model sampled are the ids that training sees. Nothing is
+decoded and encoded again between turns; only injected text is tokenised, once, on its own, with
+special tokens switched off.
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
-# ---------------------------------------------------------------------------------------------------------------------
+from engine import Completion, Engine, open_engine
+
+# --------------------------------------------------------------------------------------------------
 # The contract between the files
 
 
 @dataclass
 class Episode:
-    """One trajectory, grown in place. The three lists are parallel and start with the prompt."""
+    """One trajectory, grown in place.
+
+    `token_ids`, `action_mask` and `log_probs` are parallel and begin with the prompt.
+    """
 
     question: dict[str, Any]  # id, question, answers, dataset
     prompt_ids: list[int]
-    seed: int = 0  # of the episode; every turn derives its own
-    token_ids: list[int] = field(default_factory=list)  # prompt, sampled tokens and documents, in order
+    seed: int = 0  # every turn derives its own seed from this one
+    token_ids: list[int] = field(default_factory=list)  # prompt, sampled tokens and documents
     action_mask: list[int] = field(default_factory=list)  # 1 where the policy sampled the token
     log_probs: list[float] = field(default_factory=list)  # the sampler's own, 0 where not sampled
-    segments: list[tuple[str, str]] = field(default_factory=list)  # (kind, text): prompt, policy or documents
-    queries: list[str] = field(default_factory=list)  # those that were asked, in order
+    segments: list[tuple[str, str]] = field(default_factory=list)  # (prompt|policy|documents, text)
+    queries: list[str] = field(default_factory=list)  # the queries that were asked, in order
     finish_reason: str = ""  # answer, eos, length, max_searches or bad_query; "" while it runs
     search_failures: int = 0  # queries that got an empty result because the retriever failed
-    rewards: dict[str, Any] = field(default_factory=dict)  # what `reward.judge` says
+    rewards: dict[str, Any] = field(default_factory=dict)  # the result of `reward.score_episode`
 
-    def add(self, kind: str, token_ids: list[int], text: str, log_probs: list[float] | None = None) -> None:
-        """Append a segment. It was sampled by the policy if and only if it comes with log-probabilities."""
+    def add(
+        self, kind: str, token_ids: list[int], text: str, log_probs: list[float] | None = None
+    ) -> None:
+        """Append a segment; with log-probabilities if and only if the policy sampled it."""
+        sampled = log_probs is not None
         self.token_ids += token_ids
-        self.action_mask += [int(log_probs is not None)] * len(token_ids)
-        self.log_probs += log_probs if log_probs is not None else [0.0] * len(token_ids)
+        self.action_mask += [int(sampled)] * len(token_ids)
+        self.log_probs += log_probs if sampled else [0.0] * len(token_ids)
         self.segments.append((kind, text))
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a trajectory may use; the same in training and in evaluation."""
+    """What a trajectory may use; training and evaluation share these limits."""
 
     max_searches: int = 8  # queries answered per question (paper)
-    documents_per_search: int = 3  # 3 in training, 5 at evaluation (official code)
-    max_turn_tokens: int = 512  # sampled between two stops (official code)
-    max_document_tokens: int = 2048  # of one documents block; longer ones are cut
-    max_context: int = 29_000  # prompt, policy and documents together (official code)
-    temperature: float = 1.0  # 0 is greedy
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What an engine made of one submitted sequence."""
-
-    key: int
-    token_ids: list[int]  # the stop string's tokens and EOS included
-    log_probs: list[float]  # of `token_ids`, after temperature, over the full softmax
-    stop: str | None  # the stop string that ended it, "eos", or None if it ran out of tokens
-
-
-class Engine(Protocol):
-    def submit(self, key: int, token_ids: list[int], *, max_tokens: int, stop: list[str], temperature: float, seed: int): ...
-    def step(self) -> list[Completion]: ...
-    def load_weights(self, named_tensors: Iterable[tuple[str, Any]]) -> None: ...
-    def sleep(self) -> None: ...
-    def wake_up(self) -> None: ...
+    documents_per_search: int = (
+        3  # passages per query: 3 in training, 5 at evaluation (official code)
+    )
+    max_turn_tokens: int = 512  # tokens sampled between two stops (official code)
+    max_document_tokens: int = 2048  # tokens of one documents block; longer blocks are cut
+    max_context: int = 29_000  # prompt, policy and documents together, in tokens (official code)
+    temperature: float = 1.0  # of sampling; 0 is greedy
 
 
 def derive_seed(*parts: int | str) -> int:
-    """A 31-bit seed that depends on all parts and on nothing else (not on the rank, not on the process)."""
+    """A 31-bit seed that depends on all parts and on nothing else: no rank, no process."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text to ids
+# --------------------------------------------------------------------------------------------------
+# Text to token ids
 
 
 def data_encoder(tokenizer) -> Callable[[str], list[int]]:
-    """An encoder for text that is data: a special token spelled out in it stays ordinary characters. Thread-safe."""
+    """An encoder for data: a special token spelled out in the text stays text. Thread-safe."""
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
-    return lambda text: backend.encode(text, add_special_tokens=False).ids
+
+    def encode(text: str) -> list[int]:
+        return backend.encode(text, add_special_tokens=False).ids
+
+    return encode
 
 
 def prompt_encoder(tokenizer, template: list[tuple[str, str]]) -> Callable[[str], list[int]]:
     """An encoder from question to prompt ids.
 
     Args:
-        template: (role, text) as in `reward.PROMPTS`. Role "text" is used as it is; "system" and "user" go through the
-            tokenizer's chat template, and "prefill" opens the assistant's turn.
+        template: (role, text) as in `reward.PROMPTS`. The text of role "text" is used as it is; the
+            roles "system" and "user" go through the tokenizer's chat template, and the text of
+            "prefill" opens the assistant's turn.
     Raises:
-        ValueError: `{question}` does not occur exactly once, or the tokenizer has no chat template.
+        ValueError: `{question}` does not occur exactly once, or there is no chat template.
     """
     is_text = template[0][0] == "text"
     if is_text:
         text = template[0][1]
     elif not tokenizer.chat_template:
-        raise ValueError("this prompt needs a chat template and the tokenizer has none; use --prompt_file base")
+        raise ValueError(
+            "this prompt needs a chat template and the tokenizer has none; use --prompt_file base"
+        )
     else:
-        messages = [{"role": role, "content": content} for role, content in template if role != "prefill"]
+        messages = [{"role": role, "content": text} for role, text in template if role != "prefill"]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        text += "".join(content for role, content in template if role == "prefill")
+        text += "".join(prefill for role, prefill in template if role == "prefill")
     if text.count("{question}") != 1:
         raise ValueError("a prompt must contain {question} exactly once")
     head, tail = text.split("{question}")
-    blanks = head[len(head.rstrip(" ")) :]  # " Who" is one token: the blank belongs to the question, not to the head
-    head_ids = tokenizer.encode(head.rstrip(" "), add_special_tokens=is_text)  # a chat template brings its own BOS
+    # " Who" is one token: a blank before the question belongs to the question, not to the head.
+    blanks = head[len(head.rstrip(" ")) :]
+    head_ids = tokenizer.encode(head.rstrip(" "), add_special_tokens=is_text)  # a chat has its BOS
     tail_ids = tokenizer.encode(tail, add_special_tokens=False)
-    encode = data_encoder(tokenizer)
-    return lambda question: head_ids + encode(blanks + question) + tail_ids
+    encode_data = data_encoder(tokenizer)
+
+    def encode(question: str) -> list[int]:
+        return head_ids + encode_data(blanks + question) + tail_ids
+
+    return encode
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loop
 
+# In a deterministic rollout documents rejoin so many engine steps after their query: enough to hide
+# the latency of most retrievers, and few beside the hundreds of steps of a trajectory.
+REJOIN_AFTER_STEPS = 4
+# Queries that become ready while so many lookups are under way go together into the next lookup, so
+# that a retriever in trouble is asked less.
+MAX_CONCURRENT_SEARCHES = 4
 
-REJOIN_AFTER = 4  # engine steps: they hide the latency of most retrievers, and cost a trajectory few of its hundreds
-LOOKUPS = 4  # at a time; what is asked meanwhile goes together into the next, so that a retriever in trouble is spared
+
+@dataclass(frozen=True)
+class Lookup:
+    """Queries that were ready together, on their way through the search pool."""
+
+    episodes: list[Episode]  # each waits for the answer to its last query
+    results: Future  # of `Rollout._look_up`
+    started_at: int  # engine step
 
 
 class Rollout:
@@ -136,73 +153,90 @@ class Rollout:
 
     Args:
         engine: an `Engine`.
-        tokenizer: the model's, a fast one.
-        search: `search(queries, k)` gives one list of passages a query (retriever.py).
-        tags: the protocol's markers (`reward.TAGS`).
+        tokenizer: the model's fast tokenizer.
+        search: `search(queries, k)` returns one list of passages per query (retriever.py).
+        tags: the markers of the protocol (`reward.TAGS`).
         limits: see `Limits`.
-        deterministic: search results rejoin REJOIN_AFTER engine steps after their query instead of when they arrive, so
-            that a run repeats bit for bit (numerics depend on which sequences share a step).
+        deterministic: documents rejoin REJOIN_AFTER_STEPS engine steps after their query instead of
+            when they arrive, so that a run repeats bit for bit (the numerics of an engine depend on
+            which sequences share a step).
     """
 
-    def __init__(self, engine: Engine, tokenizer, search, tags, limits: Limits, deterministic: bool = False):
-        self.engine, self.tokenizer, self.search, self.tags = engine, tokenizer, search, tags
-        self.limits, self.deterministic = limits, deterministic
-        self.search_error = ""  # the last one, for the message that stops a run
+    def __init__(
+        self, engine: Engine, tokenizer, search, tags, limits: Limits, deterministic: bool = False
+    ):
+        self.engine, self.tokenizer, self.search = engine, tokenizer, search
+        self.tags, self.limits, self.deterministic = tags, limits, deterministic
+        self.search_error = ""  # the latest one, for the message that stops a run
         self._encode = data_encoder(tokenizer)
-        # A documents block's tokens lie within so many characters, as none is longer than the vocabulary's longest. A cut
-        # there changes the word that it hits, which in text lies far behind them: words have a few characters, the longest
-        # token over a hundred. The rest of a passage of megabytes would be tokenised for seconds to be thrown away.
-        self._characters = limits.max_document_tokens * max(map(len, tokenizer.get_vocab()))
-        self._pool = ThreadPoolExecutor(max_workers=LOOKUPS, thread_name_prefix="search")
+        # The tokens of a documents block lie within its first so many characters, since no token is
+        # longer than the longest of the vocabulary. Only these are tokenised: a passage of
+        # megabytes would take seconds. The cut changes the word that it hits, but this word lies
+        # behind the budget anyway.
+        longest_token = max(map(len, tokenizer.get_vocab()))
+        self._max_document_characters = limits.max_document_tokens * longest_token
+        self._pool = ThreadPoolExecutor(MAX_CONCURRENT_SEARCHES, thread_name_prefix="search")
 
     def run(self, episodes: Iterable[Episode | None], max_running: int = 256) -> Iterator[Episode]:
-        """Yield each episode as it finishes. `episodes` is read lazily: at most `max_running` are under way.
+        """Yield each episode as it finishes.
 
-        None says that there is none to start now; as long as others are under way `episodes` is asked again.
+        Args:
+            episodes: read lazily, at most `max_running` are under way. None means that there is
+                none to start now; `episodes` is asked again as long as others are under way.
         """
-        waiting = iter(episodes)
-        decoding: dict[int, Episode] = {}  # by key
-        asking: list[Episode] = []  # those whose queries wait for a place among the lookups
-        searching: dict[Future, tuple[int, list[Episode]]] = {}  # with the engine step of the lookup, in its order
-        key = steps = 0
+        source = iter(episodes)
+        decoding: dict[int, Episode] = {}  # by the engine's key
+        asking: list[Episode] = []  # their queries wait for the next lookup
+        lookups: list[Lookup] = []
+        last_key = engine_steps = 0
         while True:
-            places = max_running - len(decoding) - len(asking) - sum(len(asked) for _, asked in searching.values())
-            ready = [episode for episode in islice(waiting, places) if episode is not None]
+            # New episodes start, and those whose documents are due rejoin.
+            searching = sum(len(lookup.episodes) for lookup in lookups)
+            places = max_running - len(decoding) - len(asking) - searching
+            ready = [episode for episode in islice(source, places) if episode is not None]
             for episode in ready:
                 episode.add("prompt", episode.prompt_ids, self.tokenizer.decode(episode.prompt_ids))
-            for future in self._arrived(searching, steps, idle=not decoding and not ready):
-                _, asked = searching.pop(future)
-                for episode, (documents, failed) in zip(asked, future.result(), strict=True):
-                    episode.add("documents", documents, self.tokenizer.decode(documents))
-                    episode.search_failures += failed
-                    ready.append(episode)
+            for lookup in self._due(lookups, engine_steps, idle=not decoding and not ready):
+                lookups.remove(lookup)
+                ready += self._rejoin(lookup)
             for episode in ready:
-                key += 1
-                if self._submit(key, episode):
-                    decoding[key] = episode
+                if self._submit(last_key + 1, episode):
+                    last_key += 1
+                    decoding[last_key] = episode
                 else:
                     yield episode
-            if not (decoding or asking or searching or ready):
+            if not (ready or decoding or asking or lookups):
                 return
-            steps += 1
-            for completion in self.engine.step() if decoding else []:
+            # The engine takes one step; turns that it finished end their episode or ask.
+            engine_steps += 1
+            completions = self.engine.step() if decoding else []
+            for completion in completions:
                 episode = decoding.pop(completion.key)
                 if self._absorb(episode, completion):
                     asking.append(episode)
                 else:
                     yield episode
-            if asking and len(searching) < LOOKUPS:  # queries that are ready together go as one batch
-                searching[self._pool.submit(self._look_up, [e.queries[-1] for e in asking])] = steps, asking
+            # Queries that are ready together go as one batch.
+            if asking and len(lookups) < MAX_CONCURRENT_SEARCHES:
+                results = self._pool.submit(self._look_up, [e.queries[-1] for e in asking])
+                lookups.append(Lookup(asking, results, engine_steps))
                 asking = []
 
-    def _arrived(self, searching: dict[Future, tuple[int, list[Episode]]], steps: int, idle: bool) -> list[Future]:
-        """The lookups whose results rejoin now; at least one if the engine is idle. Those not done are waited for."""
+    def _due(self, lookups: list[Lookup], engine_steps: int, idle: bool) -> list[Lookup]:
+        """The lookups that rejoin now: at least one if the engine is idle."""
         if self.deterministic:
-            due = [future for future, (asked, _) in searching.items() if steps - asked >= REJOIN_AFTER]
-            return due or (list(searching)[:1] if idle else [])
-        if searching and idle:
-            wait(searching, return_when=FIRST_COMPLETED)
-        return [future for future in searching if future.done()]
+            due = [x for x in lookups if engine_steps - x.started_at >= REJOIN_AFTER_STEPS]
+            return due or (lookups[:1] if idle else [])
+        if lookups and idle:
+            wait([lookup.results for lookup in lookups], return_when=FIRST_COMPLETED)
+        return [lookup for lookup in lookups if lookup.results.done()]
+
+    def _rejoin(self, lookup: Lookup) -> list[Episode]:
+        """Append the documents to the episodes that asked; waits until they are there."""
+        for episode, (ids, failed) in zip(lookup.episodes, lookup.results.result(), strict=True):
+            episode.add("documents", ids, self.tokenizer.decode(ids))
+            episode.search_failures += failed
+        return lookup.episodes
 
     def _submit(self, key: int, episode: Episode) -> bool:
         """Hand the episode to the engine; False if its context is full."""
@@ -214,203 +248,79 @@ class Rollout:
             key,
             episode.token_ids,
             max_tokens=min(self.limits.max_turn_tokens, room),
-            stop=[self.tags.query[1], self.tags.answer[1]],
+            stop=[self.tags.query.closing, self.tags.answer.closing],
             temperature=self.limits.temperature,
             seed=derive_seed(episode.seed, len(episode.queries)),
         )
         return True
 
     def _absorb(self, episode: Episode, completion: Completion) -> bool:
-        """Append what was sampled; True if it ends in a query to be answered, else the episode is finished."""
+        """Append the sampled turn; True if it asks a query, else the episode is finished."""
         text = self.tokenizer.decode(completion.token_ids)
         episode.add("policy", completion.token_ids, text, completion.log_probs)
-        if completion.stop != self.tags.query[1]:
-            reasons = {None: "length", "eos": "eos", self.tags.answer[1]: "answer"}
+        if completion.stop != self.tags.query.closing:
+            reasons = {None: "length", "eos": "eos", self.tags.answer.closing: "answer"}
             episode.finish_reason = reasons[completion.stop]
             return False
-        _, opened, query = text.partition(self.tags.query[1])[0].rpartition(self.tags.query[0])
+        before_closing, _, _ = text.partition(self.tags.query.closing)
+        _, opened, query = before_closing.rpartition(self.tags.query.opening)
         if not opened or not query.strip():
             episode.finish_reason = "bad_query"
-        elif len(episode.queries) == self.limits.max_searches:
+            return False
+        if len(episode.queries) == self.limits.max_searches:
             episode.finish_reason = "max_searches"
-        else:
-            episode.queries.append(query.strip())
-        return not episode.finish_reason
+            return False
+        episode.queries.append(query.strip())
+        return True
 
     def _look_up(self, queries: list[str]) -> list[tuple[list[int], bool]]:
-        """Search and tokenise, off the engine's path: per query (documents block as ids, whether the search failed)."""
+        """Search and tokenise, in the pool: per query its documents block and whether it failed.
+
+        Whatever the search raises or returns, the run goes on and counts the failure.
+        """
         try:
             results = self.search(queries, self.limits.documents_per_search)
-            return [(self._encode_documents(passages), False) for _, passages in zip(queries, results, strict=True)]
-        except BaseException as error:  # tantivy's panics are no Exception. The run counts what failed and goes on
-            self.search_error = repr(error)  # a panic cannot be pickled for the other ranks
+            blocks = []
+            for _, passages in zip(queries, results, strict=True):
+                blocks.append((self._encode_documents(passages), False))
+            return blocks
+        except BaseException as error:  # a panic of tantivy is not an Exception
+            self.search_error = repr(error)  # as text: a panic cannot be pickled for other ranks
             return [(self._encode_documents([]), True) for _ in queries]
 
     def _encode_documents(self, passages: list[dict[str, str]]) -> list[int]:
-        """`\\n\\n<documents>\\n(1)title   text\\n ... </documents>`, cut to the token budget with the closing tag intact.
+        r"""`\n\n<documents>\n(1)title   text\n ... </documents>`, cut to the token budget.
 
-        The block must not end in white space: most tokenizers split white space differently at the end of a string than
-        inside running text, and the model would continue from a token boundary that it never saw.
+        The closing tag is kept whole. The block must not end in white space: most tokenizers split
+        white space differently at the end of a string than inside running text, and the model would
+        continue from a token boundary that it never saw.
         """
         opening, closing = self.tags.documents
-        lines = [f"({number}){p['title']}   {p['text']}" for number, p in enumerate(passages, 1)] or ["(no results)"]
-        text, tail = f"\n\n{opening}\n" + "\n".join(lines), self._encode("\n" + closing)
-        return self._encode(text[: self._characters])[: max(0, self.limits.max_document_tokens - len(tail))] + tail
+        lines = [f"({n}){p['title']}   {p['text']}" for n, p in enumerate(passages, 1)]
+        text = f"\n\n{opening}\n" + "\n".join(lines or ["(no results)"])
+        closing_ids = self._encode("\n" + closing)
+        budget = max(0, self.limits.max_document_tokens - len(closing_ids))
+        return self._encode(text[: self._max_document_characters])[:budget] + closing_ids
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Engines
+def open_rollout(
+    model: str,
+    search: Callable[[list[str], int], list[list[dict]]],
+    tags,
+    template: list[tuple[str, str]],
+    limits: Limits,
+    engine: str = "vllm",
+    gpu_memory_utilization: float = 0.9,
+) -> tuple[Rollout, Callable[[str], list[int]]]:
+    """Open a model for inference: the loop over it, and the encoder from question to prompt ids.
 
-
-def _repack_tied_head(model) -> None:
-    """On a CPU vLLM computes the logits from a packed copy of the head, which a reload of tied embeddings leaves stale."""
-    if model.config.tie_word_embeddings:
-        model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
-
-
-class VLLMEngine:
-    """vLLM in this process, one engine a rank, on GPU or CPU.
-
-    `gpu_memory_utilization` is the share of the GPU for weights and KV cache while the engine is awake.
+    On a CPU the loop is deterministic; on a GPU decoding goes on while the retriever works.
     """
+    import torch
+    from transformers import AutoTokenizer
 
-    def __init__(self, model: str, max_context: int, gpu_memory_utilization: float = 0.6, dtype: str = "bfloat16"):
-        import torch
-
-        self.on_gpu = torch.cuda.is_available()
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must share this process to share its weights
-        if not self.on_gpu:
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # leaves the trainer's threads free
-        from vllm import LLM
-
-        self.llm = LLM(
-            model=model,
-            load_format="safetensors",  # never a pickle
-            dtype=dtype,
-            max_model_len=max_context,
-            gpu_memory_utilization=gpu_memory_utilization,
-            enable_prefix_caching=True,
-            block_size=None if self.on_gpu else 32,  # the CPU's 128 would cache little of a short prompt
-            # vLLM rewinds a seeded request's generator after a partial prefill, which a CPU generator cannot do
-            enable_chunked_prefill=self.on_gpu,
-            enforce_eager=not self.on_gpu,
-            enable_sleep_mode=self.on_gpu,
-            logprobs_mode="processed_logprobs",  # after temperature, as the trainer computes them
-            # torchrun started us: the engine takes RANK and LOCAL_RANK from the environment instead of GPU 0
-            distributed_executor_backend="external_launcher" if "LOCAL_RANK" in os.environ else None,
-        )
-        self.engine = self.llm.llm_engine
-
-    def submit(self, key, token_ids, *, max_tokens, stop, temperature, seed):
-        from vllm.sampling_params import RequestOutputKind, SamplingParams
-
-        params = SamplingParams(
-            max_tokens=max_tokens,
-            temperature=temperature,
-            seed=seed,
-            stop=stop,
-            include_stop_str_in_output=True,
-            skip_special_tokens=False,  # a tag may be a special token: stop strings must see it
-            logprobs=0,  # of the sampled token alone
-            output_kind=RequestOutputKind.FINAL_ONLY,
-        )
-        self.engine.add_request(str(key), {"prompt_token_ids": token_ids}, params)
-
-    def step(self) -> list[Completion]:
-        completions = []
-        for request in self.engine.step():
-            output = request.outputs[0]
-            log_probs = [step[token].logprob for token, step in zip(output.token_ids, output.logprobs, strict=True)]
-            # a stop string is reported as itself, EOS as None and a further EOS of the generation config as its id
-            ended_by = output.stop_reason if isinstance(output.stop_reason, str) else "eos"
-            stop = None if output.finish_reason == "length" else ended_by
-            completions.append(Completion(int(request.request_id), list(output.token_ids), log_probs, stop))
-        return completions
-
-    def load_weights(self, named_tensors):
-        self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
-        if not self.on_gpu:
-            self.llm.apply_model(_repack_tied_head)
-        self.llm.reset_prefix_cache()  # its entries were computed with the old weights
-
-    def sleep(self):
-        """Give the GPU back to the trainer. Level 2 drops the weights too: the next ones come from the trainer."""
-        if self.on_gpu:
-            self.llm.sleep(level=2)
-
-    def wake_up(self):
-        """Take the memory again. The weights are undefined until `load_weights`."""
-        if self.on_gpu:
-            self.llm.wake_up()
-
-
-class TransformersEngine:
-    """A small engine on plain transformers, one KV cache a sequence: slow, exact, easy to read.
-
-    A sequence's tokens do not depend on what else is running, so it repeats bit for bit whatever the timing.
-    """
-
-    def __init__(self, model: str):
-        import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-
-        self.torch = torch
-        self.model = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32, use_safetensors=True).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
-        eos = self.model.generation_config.eos_token_id
-        self.eos = set(eos if isinstance(eos, list) else [eos])
-        self.running: dict[int, dict[str, Any]] = {}
-
-    def submit(self, key, token_ids, *, max_tokens, stop, temperature, seed):
-        self.running[key] = dict(
-            feed=list(token_ids),  # ids that the cache does not hold yet
-            cache=None,
-            token_ids=[],
-            log_probs=[],
-            max_tokens=max_tokens,
-            stop=stop,
-            temperature=temperature,
-            generator=self.torch.Generator().manual_seed(seed),
-        )
-
-    def step(self) -> list[Completion]:
-        """Sample one token for every running sequence."""
-        with self.torch.no_grad():
-            finished = {key: stop for key, s in self.running.items() if (stop := self._sample(s)) is not False}
-        done = [(key, stop, self.running.pop(key)) for key, stop in finished.items()]
-        return [Completion(key, s["token_ids"], s["log_probs"], stop) for key, stop, s in done]
-
-    def _sample(self, s: dict[str, Any]) -> str | bool | None:
-        """Append one token; the completion's `stop` if that ends the sequence, else False."""
-        out = self.model(self.torch.tensor([s["feed"]]), past_key_values=s["cache"], use_cache=True, logits_to_keep=1)
-        log_probs = (out.logits[0, -1].float() / (s["temperature"] or 1.0)).log_softmax(-1)
-        if s["temperature"] == 0:
-            token = int(log_probs.argmax())
-        else:
-            token = int(self.torch.multinomial(log_probs.exp(), 1, generator=s["generator"]))
-        s["feed"], s["cache"] = [token], out.past_key_values
-        s["token_ids"].append(token)
-        s["log_probs"].append(float(log_probs[token]))
-        if token in self.eos:
-            return "eos"
-        text = self.tokenizer.decode(s["token_ids"])
-        stop = next((stop for stop in s["stop"] if stop in text), None)
-        return stop if stop or len(s["token_ids"]) == s["max_tokens"] else False
-
-    def load_weights(self, named_tensors):
-        parameters = dict(self.model.named_parameters())
-        with self.torch.no_grad():
-            for name, tensor in named_tensors:
-                parameters[name].copy_(tensor)
-
-    def sleep(self): ...
-    def wake_up(self): ...
-
-
-# what `--engine` names, made from (model, max_context, gpu_memory_utilization)
-ENGINES: dict[str, Callable[[str, int, float], Engine]] = {
-    "vllm": VLLMEngine,
-    "transformers": lambda model, *_: TransformersEngine(model),
-}
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    encode = prompt_encoder(tokenizer, template)  # refuses a bad prompt before the engine loads
+    loaded = open_engine(engine, model, limits.max_context, gpu_memory_utilization)
+    deterministic = not torch.cuda.is_available()
+    return Rollout(loaded, tokenizer, search, tags, limits, deterministic), encode

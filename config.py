@@ -1,0 +1,167 @@
+"""The options of train.py and their presets: the paper's values for two models, and the demo's.
+
+An explicit flag wins over the preset, and the preset over the default. The resulting values are
+written into the run's folder.
+"""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+
+from engine import ENGINES
+from reinforce_pp import ALGORITHMS
+from reward import REWARDS
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides the numbers of a run."""
+
+    model: str = "Qwen/Qwen2.5-7B"  # Hugging Face folder or hub name
+    questions: str = "data/stage_1.jsonl"  # training questions (JSONL)
+    eval_questions: str = ""  # held-out questions (JSONL) for --eval_every
+    retriever: str = "data/bm25"  # passage file (JSONL), index folder or URL of a search server
+    prompt_file: str = "base"  # base, chat, or a text file with {question} in it
+    engine: Literal[ENGINES] = "vllm"  # inference engine (engine.py)
+    seed: int = 0  # of data order and sampling
+    steps: int = 128  # rollout batches
+    prompts_per_step: int = 64  # questions in a rollout batch (official scripts)
+    samples_per_prompt: int = 16  # episodes per question (paper, section 3.3)
+    updates_per_rollout: int = 4  # optimiser steps per rollout batch: 1024 / 256 (official scripts)
+    reward: Literal[tuple(REWARDS)] = "stage1"  # reward function (reward.py)
+    algorithm: Literal[tuple(ALGORITHMS)] = "reinforce++"  # advantage estimator (reinforce_pp.py)
+    learning_rate: float = 2e-6  # of AdamW, constant (paper, section 3.3)
+    kl_coef: float = 0.0  # beta; above 0 a reference model is loaded (0 for Qwen, 1e-4 for Llama)
+    kl_mode: Literal["reward", "k2", "k3"] = (
+        "reward"  # KL as k1 in the reward, or as a k2 / k3 loss
+    )
+    clip_eps: float = 0.2  # clip range of the ratio
+    sampler_clip: float = 2.0  # sampler correction within [1/c, c]; 0 switches it off
+    temperature: float = 1.0  # of sampling, applied to the trainer's logits too (paper)
+    max_searches: int = 8  # queries answered per question (paper)
+    documents_per_search: int = 3  # passages per query (official code)
+    max_turn_tokens: int = 512  # tokens sampled between two stops (official code)
+    max_context: int = 29_000  # prompt, policy and documents together, in tokens (official code)
+    micro_batch_tokens: int = 32_768  # padded tokens of one forward and backward pass
+    gradient_checkpointing: bool = True  # recompute activations in the backward pass
+    cpu_offload: bool = False  # keep parameters and optimiser states in host memory
+    gpu_memory_utilization: float = 0.5  # the engine's share of the GPU while it is awake
+    save_every: int = 10  # rollout batches between checkpoints; 0 only at the end
+    eval_every: int = 0  # rollout batches between evaluations on --eval_questions; 0 never
+
+
+LLAMA = {"model": "meta-llama/Llama-3.1-8B-Instruct", "prompt_file": "chat", "kl_coef": 1e-4}
+STAGE_1 = {"questions": "data/stage_1.jsonl", "reward": "stage1", "steps": 6}  # one pass over 350
+STAGE_2 = {  # one pass over 8,148 questions
+    "model": "runs/stage1/model",
+    "questions": "data/stage_2.jsonl",
+    "reward": "stage2",
+    "steps": 128,
+}
+DEMO = {
+    "model": "demo/model",
+    "retriever": "demo/passages.jsonl",
+    "questions": "demo/train.jsonl",
+    "prompt_file": "demo",
+    "temperature": 0.7,  # at 1.0 a 135M model rarely completes a tag
+    "prompts_per_step": 8,
+    "samples_per_prompt": 8,
+    "updates_per_rollout": 1,
+    "learning_rate": 2e-5,
+    "max_searches": 3,
+    "documents_per_search": 1,
+    "max_turn_tokens": 48,
+    "max_context": 768,
+    "micro_batch_tokens": 2048,
+    "gradient_checkpointing": False,
+    "save_every": 4,
+}
+PRESETS: dict[str, dict[int, dict[str, Any]]] = {
+    "qwen": {1: STAGE_1, 2: STAGE_2},
+    "llama": {
+        1: LLAMA | STAGE_1 | {"prompts_per_step": 15, "steps": 24},
+        2: LLAMA | STAGE_2 | {"prompts_per_step": 65, "steps": 126},
+    },
+    "demo": {
+        1: DEMO | {"reward": "stage1", "algorithm": "grpo", "steps": 8},
+        # Not GRPO: from samples that agree on a wrong answer it learns nothing.
+        2: DEMO
+        | {"model": "demo/stage1/model", "reward": "stage2", "temperature": 0.8, "steps": 24},
+    },
+}
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The command line of train.py."""
+
+    stage: Literal[1, 2]  # 1 learns to search, 2 to answer with it
+    preset: Literal[tuple(PRESETS)] = "qwen"  # where the options' defaults come from
+    out: Path | None = None  # run folder (default runs/stage1 or 2, of the demo demo/stage1 or 2)
+    resume: bool = False  # go on from the newest checkpoint in --out, if there is one
+    log: Literal["tensorboard", "wandb"] | None = None  # log there too, besides metrics.jsonl
+    config: Annotated[Config, tyro.conf.arg(name="")] = Config()
+
+    @property
+    def out_folder(self) -> Path:
+        parent = "demo" if self.preset == "demo" else "runs"
+        return self.out or Path(parent, f"stage{self.stage}")
+
+
+def parse_arguments(argv: list[str] | None, description: str) -> Arguments:
+    """Parse twice: the first time for the preset, the second time over the preset's values.
+
+    Raises:
+        ValueError: an option has an impossible value, or the preset needs a GPU and there is none.
+    """
+
+    def parse(defaults: Config) -> Arguments:
+        default = Arguments(stage=tyro.MISSING, config=defaults)
+        return tyro.cli(
+            Arguments, args=argv, description=description, default=default, use_underscores=True
+        )
+
+    chosen = parse(Config())
+    arguments = parse(Config(**PRESETS[chosen.preset][chosen.stage]))
+    if arguments.preset != "demo" and not torch.cuda.is_available():
+        raise ValueError(
+            f"--preset {arguments.preset} trains a 7B model and needs NVIDIA GPUs; "
+            "without one, try: make demo"
+        )
+    check(arguments.config)
+    return arguments
+
+
+def check(config: Config) -> None:
+    """Refuse what cannot work, before anything is loaded.
+
+    Raises:
+        ValueError: names the flag and the values that it takes.
+    """
+    for field in fields(Config):
+        least = 0 if field.name in ("save_every", "eval_every") else 1
+        if field.type is int and field.name != "seed" and getattr(config, field.name) < least:
+            raise ValueError(f"--{field.name} must be at least {least}")
+    for name in ("learning_rate", "temperature", "clip_eps"):
+        if getattr(config, name) <= 0:
+            raise ValueError(f"--{name} must be above 0")
+    if config.kl_coef < 0:
+        raise ValueError("--kl_coef must be at least 0")
+    if 0 != config.sampler_clip < 1:
+        raise ValueError("--sampler_clip must be 0 (off) or at least 1")
+    if config.samples_per_prompt == 1 and config.algorithm != "reinforce++":
+        raise ValueError(
+            f"--algorithm {config.algorithm} compares the samples of a prompt: "
+            "--samples_per_prompt must be at least 2"
+        )
+    if config.updates_per_rollout > config.prompts_per_step:
+        raise ValueError("--updates_per_rollout must be at most --prompts_per_step")
+    if config.eval_every and not config.eval_questions:
+        raise ValueError("--eval_every needs --eval_questions")
+    path = Path(config.model)
+    is_hub_name = config.model.count("/") == 1 and config.model[0] not in "./"
+    if not (path / "config.json").is_file() and (path.parent.is_dir() or not is_hub_name):
+        raise ValueError(f"--model {config.model}: no such model folder")

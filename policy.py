@@ -1,0 +1,165 @@
+"""The ranks and the policy: a causal language model in FSDP2, and the memory that it leaves."""
+
+import ctypes
+import os
+import resource
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from reinforce_pp import token_log_probs
+
+# Timeout of collectives: how far one rank's rollout may lag behind another's. If a rank dies, the
+# others end at once all the same.
+COLLECTIVE_TIMEOUT = timedelta(hours=3)
+
+# --------------------------------------------------------------------------------------------------
+# Ranks
+
+
+def start_distributed() -> torch.device:
+    """Join the process group that torchrun describes, or make one of this process alone."""
+    on_gpu = torch.cuda.is_available()
+    if not dist.is_initialized():
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        for name, value in (alone | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}).items():
+            os.environ.setdefault(name, value)
+        if on_gpu:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        else:
+            # Every micro-batch has a new shape, and oneDNN and PyTorch each keep the kernels of the
+            # last 1,024 shapes, 0.9 GiB of them.
+            os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
+            os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
+def gather(mine: list) -> list[list]:
+    """The lists of all ranks, by rank."""
+    shares: list[list] = [[]] * dist.get_world_size()
+    dist.all_gather_object(shares, mine)
+    return shares
+
+
+# --------------------------------------------------------------------------------------------------
+# The model
+
+
+class Policy(nn.Module):
+    """A causal language model that returns log-probabilities of chosen tokens instead of logits.
+
+    The head is applied within this module's forward, during which FSDP holds its whole weight.
+    """
+
+    def __init__(self, lm: nn.Module):
+        super().__init__()
+        self.lm = lm
+
+    def forward(
+        self, input_ids, position_ids, attention_mask, source, targets, temperature: float
+    ) -> Tensor:
+        """(N,) fp32 log-probabilities of the targets; the inputs are those that `pack` makes."""
+        output = self.lm.base_model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            use_cache=False,
+        )
+        hidden = output.last_hidden_state.flatten(0, 1)  # (R * L, H)
+        head = self.lm.get_output_embeddings().weight  # (V, H)
+        return token_log_probs(hidden[source], head, targets, temperature)
+
+
+def load_policy(
+    model: str,
+    gradient_checkpointing: bool = False,
+    cpu_offload: bool = False,
+    frozen: bool = False,
+) -> Policy:
+    """The sharded model of a Hugging Face folder or hub name.
+
+    Args:
+        gradient_checkpointing: recompute activations in the backward pass.
+        cpu_offload: keep parameters and optimiser states in host memory.
+        frozen: bf16 parameters without gradient instead of fp32 parameters to train.
+
+    Raises:
+        ValueError: the trainer computes something else than this architecture.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if frozen else torch.float32
+    lm = AutoModelForCausalLM.from_pretrained(
+        model,
+        dtype=dtype,
+        use_safetensors=True,  # never a pickle
+    )
+    rescaling = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+    head_bias = getattr(lm.get_output_embeddings(), "bias", None)
+    if head_bias is not None or any(getattr(lm.config, name, None) for name in rescaling):
+        raise ValueError(f"--model {model}: its head is not a plain linear map, refused")
+    if "sliding_attention" in (getattr(lm.config, "layer_types", None) or ()):
+        raise ValueError(f"--model {model}: its attention has a sliding window, refused")
+    return shard(lm, gradient_checkpointing, cpu_offload, frozen)
+
+
+def shard(
+    lm: nn.Module, gradient_checkpointing: bool, cpu_offload: bool, frozen: bool = False
+) -> Policy:
+    """The model in FSDP2: bf16 compute, fp32 reduction, every decoder layer a unit."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+    )
+
+    if gradient_checkpointing and not frozen:
+        lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy = Policy(lm).train(not frozen).requires_grad_(not frozen)
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = {
+        "mesh": init_device_mesh(device_type, (dist.get_world_size(),)),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+    }
+    for layer in lm.base_model.layers:
+        fully_shard(layer, **settings)
+    # By default the root unit, embeddings and head, stays gathered after the forward pass: for 7B
+    # these are 2 GB on every GPU.
+    return fully_shard(policy, **settings, reshard_after_forward=True)
+
+
+def whole_parameters(policy: Policy) -> Iterator[tuple[str, Tensor]]:
+    """(Hugging Face name, whole bf16 tensor), gathered one by one; all ranks iterate together."""
+    for name, parameter in policy.lm.named_parameters():
+        yield name, parameter.detach().bfloat16().full_tensor()
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory
+
+
+def release_memory(device: torch.device) -> None:
+    """Return what training freed: to the GPU, where the engine takes it, or to the system.
+
+    On a CPU glibc keeps freed memory as long as anything lies above it, and the process would grow
+    from step to step.
+    """
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # only glibc has it
+        libc.malloc_trim(0)
+
+
+def peak_memory_gib() -> float:
+    """Of the GPU since the start, or of the process where there is no GPU."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -30,7 +30,7 @@ demo: .venv/installed
 	$(EVALUATE) --model $(DEMO)/stage2/model --out $(DEMO)/eval-stage2-$(STEPS)
 	$(BIN)/python tools/report.py plot --runs $(DEMO)/stage1 $(DEMO)/stage2 --out $(DEMO)/curves.png \
 		--evaluations $(DEMO)/eval-untrained $(DEMO)/eval-stage1-$(STEPS_1) $(DEMO)/eval-stage2-$(STEPS)
-	$(BIN)/python tools/report.py report $(DEMO)/stage1 $(DEMO)/stage2 $(DEMO)/eval-untrained $(DEMO)/eval-stage1-$(STEPS_1) \
+	$(BIN)/python tools/report.py page $(DEMO)/stage1 $(DEMO)/stage2 $(DEMO)/eval-untrained $(DEMO)/eval-stage1-$(STEPS_1) \
 		$(DEMO)/eval-stage2-$(STEPS) --out $(DEMO)/report.html
 
 test: .venv/installed

@@ -3,6 +3,8 @@
 import ctypes
 import os
 import resource
+import sys
+import traceback
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -20,7 +22,7 @@ COLLECTIVE_TIMEOUT = timedelta(hours=3)
 # Ranks
 
 
-def start_distributed() -> torch.device:
+def start_distributed() -> None:
     """Join the process group that torchrun describes, or make one of this process alone."""
     on_gpu = torch.cuda.is_available()
     if not dist.is_initialized():
@@ -36,7 +38,6 @@ def start_distributed() -> torch.device:
             os.environ.setdefault("LRU_CACHE_CAPACITY", "64")
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
-    return torch.device("cuda" if on_gpu else "cpu")
 
 
 def gather(mine: list) -> list[list]:
@@ -44,6 +45,18 @@ def gather(mine: list) -> list[list]:
     shares: list[list] = [[]] * dist.get_world_size()
     dist.all_gather_object(shares, mine)
     return shares
+
+
+def abort_process(error: BaseException) -> None:
+    """End this process at once: sys.exit would wait for collectives that other ranks never join."""
+    if isinstance(error, SystemExit) and not error.code:
+        raise error
+    try:
+        if not isinstance(error, SystemExit):
+            traceback.print_exception(error)
+        sys.stdout.flush()
+    finally:  # also where nothing can be written any more
+        os._exit(2 if isinstance(error, SystemExit) else 1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -146,13 +159,13 @@ def whole_parameters(policy: Policy) -> Iterator[tuple[str, Tensor]]:
 # Memory
 
 
-def release_memory(device: torch.device) -> None:
+def release_memory() -> None:
     """Return what training freed: to the GPU, where the engine takes it, or to the system.
 
     On a CPU glibc keeps freed memory as long as anything lies above it, and the process would grow
     from step to step.
     """
-    if device.type == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
     elif hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # only glibc has it
         libc.malloc_trim(0)

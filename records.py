@@ -1,4 +1,4 @@
-"""Questions and passages on disk: formats, files that are written whole or not at all, errors of one line.
+"""Questions and passages on disk: formats, files written whole or not at all, one-line errors.
 
 question   {"id", "question", "answers": [..], "dataset"}, or as R1-Searcher released them,
            {"idx", "question", "answer": str | list | bool}
@@ -121,7 +121,7 @@ def write_jsonl(path: Path, records: list[Any]) -> None:
 
 
 class Journal:
-    """The finished records of a command that may be killed, as JSON lines; the same command goes on.
+    """The finished records of a command that may be killed and called again, as JSON lines.
 
     The first line holds the settings on which the records depend. A last line without its line end
     was being written when the process died and is dropped.
@@ -152,7 +152,7 @@ class Journal:
                     "remove it to begin again"
                 )
         write_jsonl(path, [settings, *self.records])
-        self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 flushed line by line
+        self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 a line at a time
 
     def append(self, record: Any) -> None:
         self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -189,8 +189,8 @@ def scan_jsonl(
         The byte at which the line begins, and the record.
 
     Raises:
-        ValueError: names the file, the line and what is wrong: not JSON, not `expected`, an `id` for
-            the second time (known only after the last line), or no record at all.
+        ValueError: names the file, the line and what is wrong: not JSON, not `expected`, an `id`
+            for the second time (known only after the last line), or no record at all.
     """
     ids = array(
         "q"
@@ -276,7 +276,11 @@ def answer_texts(answers: str | bool | list | None) -> list[str]:
 
 
 def parse_question(record: dict, dataset: str) -> dict:
-    """A question of either format, of `dataset` if it names none; raises one of `MALFORMED` else."""
+    """A question of either format; raises one of `MALFORMED` if it is of neither.
+
+    Args:
+        dataset: of a question that names none.
+    """
     name = record["id"] if "id" in record else record["idx"]
     dataset = record.get("dataset") or dataset
     question = record["question"].strip()
@@ -298,7 +302,7 @@ def parse_question(record: dict, dataset: str) -> dict:
 
 
 def read_questions(path: str | Path) -> list[dict]:
-    """All questions of a file; one without a dataset is of the file's name. Errors: `scan_jsonl`."""
+    """All questions of a file, whose name is their dataset by default; errors: `scan_jsonl`."""
     dataset = Path(path).stem
     parse = lambda record: parse_question(record, dataset)  # noqa: E731
     return read_jsonl(path, parse, '{"id", "question", "answers"}')

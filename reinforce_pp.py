@@ -28,7 +28,8 @@ policy sampled. The batch is the whole batch of all ranks; nothing here communic
 """
 
 from collections.abc import Callable, Iterator
-from itertools import groupby
+from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -75,7 +76,7 @@ def returns_to_go(
 
 
 def centre(rewards: Tensor) -> Tensor:
-    """(groups, samples) rewards less their group's mean; exactly 0 where a group's are all equal."""
+    """(groups, samples) rewards less their group's mean; exactly 0 in a group of equal rewards."""
     # The mean of equal numbers is not always this number, but the mean of zeros is 0.
     shifted = rewards - rewards[:, :1]
     return shifted - shifted.mean(1, keepdim=True)
@@ -228,74 +229,143 @@ def token_log_probs(
 
 
 # --------------------------------------------------------------------------------------------------
-# Packing
+# Packing: sequences that begin alike compute their common prefix once
+
+# Longest row of several sequences, in tokens: the attention of a row grows with its square.
+MAX_SHARED_ROW = 1024
+# A sequence joins a row where it adds at most this share of its own length. A shared row needs a
+# mask, and the attention of a plain row does not look at other sequences.
+MAX_ADDED_SHARE = 0.5
 
 
-SHARE_PROMPT_FROM = 0.5  # prompt length over mean continuation length from which sharing pays
+def common_prefix(one: list[int], other: list[int]) -> list[int]:
+    """The longest common prefix of two lists of token ids."""
+    for length, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return one[:length]
+    return min(one, other, key=len)
 
 
-def pack(rows: list[list[tuple[list[int], list[int], int]]]) -> dict[str, Tensor | None]:
-    packed = []
+@dataclass
+class Row:
+    """Sequences that share a row: their common prefix, then the remainder of each."""
+
+    members: list[int]  # indices of the sequences
+    prefix: list[int]  # token ids
+    remainders: int  # tokens
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prefix) + self.remainders
+
+    def join(self, index: int, sequence: list[int]) -> "Row":
+        """This row with one more sequence, whose start may shorten the common prefix."""
+        prefix = common_prefix(self.prefix, sequence)
+        given_up = (len(self.prefix) - len(prefix)) * len(self.members)
+        remainders = self.remainders + given_up + len(sequence) - len(prefix)
+        return Row([*self.members, index], prefix, remainders)
+
+
+def plan_micro_batches(sequences: dict[int, list[int]], budget: int) -> list[list[list[int]]]:
+    """Micro-batches of rows of sequences, for `pack`.
+
+    A sequence joins the row before it where that saves enough. Rows are sorted by length, so that
+    the rows of a micro-batch are alike and padding is small.
+
+    Args:
+        sequences: token ids by index; samples of one question are neighbours.
+        budget: tokens of a micro-batch, padding included; a single sequence may exceed it.
+    Returns:
+        For each micro-batch its rows, and for each row the indices of its sequences.
+    """
+    rows: list[Row] = []
+    for index, sequence in sequences.items():
+        if rows:
+            joined = rows[-1].join(index, sequence)
+            added = joined.tokens - rows[-1].tokens
+            fits = joined.tokens <= min(budget, MAX_SHARED_ROW)
+            if fits and added <= MAX_ADDED_SHARE * len(sequence):
+                rows[-1] = joined
+                continue
+        rows.append(Row([index], sequence, 0))
+    rows.sort(key=lambda row: row.tokens, reverse=True)
+    micro_batches: list[list[list[int]]] = []
+    longest = 0  # tokens of the first row of the last micro-batch
     for row in rows:
-        prompt_length = row[0][2]
-        ids, positions, branch = (
-            list(row[0][0][:prompt_length]),
-            list(range(prompt_length)),
-            [0] * prompt_length,
-        )
-        sources, targets = [], []
-        for number, (token_ids, mask, _) in enumerate(row, 1):
-            actions = [t for t, acted in enumerate(mask) if acted]
-            end = (
-                actions[-1] if actions else prompt_length
-            )  # the last action is predicted, never read
-            shift = len(ids) - prompt_length
-            sources += [t - 1 + (shift if t > prompt_length else 0) for t in actions]
-            targets += [token_ids[t] for t in actions]
-            ids += token_ids[prompt_length:end]
-            positions += range(prompt_length, end)
-            branch += [number] * (end - prompt_length)
-        packed.append((ids, positions, branch, sources, targets))
-    length = max(len(ids) for ids, *_ in packed)
-
-    def pad(column: int, value: int) -> Tensor:
-        return torch.tensor([p[column] + [value] * (length - len(p[column])) for p in packed])
-
-    batch = {"input_ids": pad(0, 0), "position_ids": None, "attention_mask": None}
-    if any(len(row) > 1 for row in rows):
-        branch = pad(2, -1)  # (R, L)
-        visible = (branch[:, None, :] == 0) | (
-            branch[:, None, :] == branch[:, :, None]
-        )  # (R, L, L)
-        batch |= {"position_ids": pad(1, 0), "attention_mask": visible.tril()[:, None]}
-    batch["source"] = torch.tensor(
-        [r * length + s for r, p in enumerate(packed) for s in p[3]], dtype=torch.long
-    )
-    batch["targets"] = torch.tensor([t for p in packed for t in p[4]], dtype=torch.long)
-    return batch
-
-
-def plan_micro_batches(
-    sizes: list[tuple[int, int]], chosen: list[int], samples: int, budget: int
-) -> list[list[list[int]]]:
-    rows: list[tuple[int, list[int]]] = []  # (tokens, sequences)
-    for _, group in groupby(chosen, key=lambda i: i // samples):
-        members = list(group)
-        prompt = sizes[members[0]][0]
-        continuations = [sizes[i][1] - prompt for i in members]
-        share = prompt >= SHARE_PROMPT_FROM * sum(continuations) / len(members)
-        for i, continuation in zip(members, continuations, strict=True):
-            if i != members[0] and share and rows[-1][0] + continuation <= budget:
-                rows[-1] = (rows[-1][0] + continuation, [*rows[-1][1], i])
-            else:
-                rows.append((prompt + continuation, [i]))
-    rows.sort(key=lambda row: -row[0])
-    batches: list[list[list[int]]] = []
-    width = 0
-    for tokens, row in rows:
-        if batches and (len(batches[-1]) + 1) * width <= budget:
-            batches[-1].append(row)
+        if micro_batches and (len(micro_batches[-1]) + 1) * longest <= budget:
+            micro_batches[-1].append(row.members)
         else:
-            batches.append([row])
-            width = tokens
-    return batches
+            micro_batches.append([row.members])
+            longest = row.tokens
+    return micro_batches
+
+
+@dataclass
+class PackedRow:
+    """A row as `pack` lays it out; the first three lists are parallel."""
+
+    ids: list[int]
+    positions: list[int]  # that each token has in its own sequence
+    branches: list[int]  # 0 in the prefix, else the number of the sequence
+    source: list[int]  # for each action token: where the state that predicts it stands in the row
+    targets: list[int]  # the action tokens
+
+
+def pack_row(sequences: list[tuple[list[int], list[int]]]) -> PackedRow:
+    """Lay out the sequences of one row, each (token ids, action mask)."""
+    actions = [[t for t, acted in enumerate(mask) if acted] for _, mask in sequences]
+    # The last action is predicted but never read, and nothing after it is needed.
+    inputs = []
+    for (ids, _), acted in zip(sequences, actions, strict=True):
+        inputs.append(ids[: acted[-1]] if acted else ids[:1])
+    prefix = reduce(common_prefix, inputs)
+    shared = len(prefix)
+    row = PackedRow(list(prefix), list(range(shared)), [0] * shared, [], [])
+    for number, (ids, _) in enumerate(sequences):
+        begin, length = len(row.ids), len(inputs[number])
+        place = [*range(shared), *range(begin, begin + length - shared)]  # of each token in the row
+        row.source += [place[t - 1] for t in actions[number]]
+        row.targets += [ids[t] for t in actions[number]]
+        row.ids += inputs[number][shared:]
+        row.positions += range(shared, length)
+        row.branches += [number + 1] * (length - shared)
+    return row
+
+
+def pack(rows: list[list[tuple[list[int], list[int]]]]) -> dict[str, Tensor | None]:
+    """Model inputs for rows of sequences; the sequences of a row share their common prefix.
+
+    A row is the longest common prefix of its sequences, then the remainder of each. A remainder
+    sees the prefix and itself, at the positions that it would have alone, so values and gradients
+    are those of separate sequences, while the prefix is computed once. Rows of one sequence are
+    plain right-padded causal rows and need no mask.
+
+    Args:
+        rows: per row its sequences, each (token ids, action mask).
+    Returns:
+        input_ids (R, L); position_ids (R, L) and attention_mask (R, 1, L, L), true where visible,
+        both None where no row is shared; and for the N action tokens, sequence by sequence: source
+        (N,), the flat index into (R * L) of the state that predicts the token, and targets (N,).
+    """
+    packed = [pack_row(row) for row in rows]
+    length = max(len(row.ids) for row in packed)
+
+    def pad(lists: list[list[int]], value: int) -> Tensor:
+        return torch.tensor([values + [value] * (length - len(values)) for values in lists])
+
+    source = [number * length + s for number, row in enumerate(packed) for s in row.source]
+    targets = [target for row in packed for target in row.targets]
+    batch = {
+        "input_ids": pad([row.ids for row in packed], 0),
+        "position_ids": None,
+        "attention_mask": None,
+        "source": torch.tensor(source, dtype=torch.long),
+        "targets": torch.tensor(targets, dtype=torch.long),
+    }
+    if any(len(row) > 1 for row in rows):
+        branch = pad([row.branches for row in packed], -1)  # (R, L)
+        same_branch = branch[:, :, None] == branch[:, None, :]  # (R, L, L)
+        in_prefix = branch[:, None, :] == 0
+        batch["position_ids"] = pad([row.positions for row in packed], 0)
+        batch["attention_mask"] = (same_branch | in_prefix).tril()[:, None]
+    return batch

@@ -18,11 +18,8 @@ textbook in four points:
 
 import dataclasses
 import math
-import os
 import random
-import sys
 import time
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,9 +32,11 @@ from tqdm import tqdm
 
 from checkpoint import Progress, RunFolder, export, load_checkpoint, save_checkpoint
 from config import Config, parse_arguments
-from evaluate import answer_questions, episode_record, summarize
+from evaluate import answer_questions
+from metrics import episode_record, summarize
 from policy import (
     Policy,
+    abort_process,
     gather,
     load_policy,
     peak_memory_gib,
@@ -55,7 +54,7 @@ from reinforce_pp import (
 )
 from retriever import open_retriever
 from reward import TAGS, load_prompt, score_episode
-from rollout import Episode, Limits, Rollout, derive_seed, open_rollout
+from rollout import Episode, Limits, derive_seed, open_rollout
 
 MAX_GRAD_NORM = 1.0  # OpenRLHF's default, which the official scripts keep
 ADAM_BETAS = (0.9, 0.95)  # OpenRLHF's default, which the official scripts keep
@@ -103,25 +102,26 @@ def make_batch(episodes: list[Episode], samples: int, device: torch.device) -> B
 
 def questions_of_step(questions: list[dict], step: int, count: int, seed: int) -> list[dict]:
     """`count` questions in a row from an endless sequence of shuffled passes over all of them."""
-    chosen = []
+    chosen, order = [], []
     for position in range(step * count, (step + 1) * count):
         epoch, place = divmod(position, len(questions))
-        order = list(range(len(questions)))
-        random.Random(derive_seed(seed, epoch)).shuffle(order)
-        chosen.append(questions[order[place]])
+        if not order or place == 0:
+            order = list(questions)
+            random.Random(derive_seed(seed, epoch)).shuffle(order)
+        chosen.append(order[place])
     return chosen
 
 
-class Trainer:
-    """The models, the engine and the optimiser of a run, and the parts of an iteration."""
+class Sampler:
+    """The questions, the engine and the search of a run: everything that rolls out."""
 
-    def __init__(self, config: Config, device: torch.device):
-        self.config, self.device = config, device
+    def __init__(self, config: Config):
+        self.config = config
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.questions = read_questions(config.questions)
         self.eval_questions = read_questions(config.eval_questions) if config.eval_every else []
         limits = {field.name for field in dataclasses.fields(Limits)} & vars(config).keys()
-        self.sampling, self.encode = open_rollout(
+        self.rollout, self.encode = open_rollout(
             config.model,
             open_retriever(config.retriever).search,
             TAGS,
@@ -130,27 +130,14 @@ class Trainer:
             config.engine,
             config.gpu_memory_utilization,
         )
-        self.engine = self.sampling.engine
+        self.engine = self.rollout.engine
         self.engine.sleep()
-        self.policy = load_policy(config.model, config.gradient_checkpointing, config.cpu_offload)
-        self.reference = None
-        if config.kl_coef > 0:
-            self.reference = load_policy(config.model, frozen=True, cpu_offload=config.cpu_offload)
-        self.optimizer = torch.optim.AdamW(
-            self.policy.parameters(),
-            lr=config.learning_rate,
-            betas=ADAM_BETAS,
-            weight_decay=0.0,
-            fused=True,
-        )
 
-    # Rolling out
-
-    def sync_weights(self) -> None:
+    def sync_weights(self, policy: Policy) -> None:
         """Wake the engine with the policy's present weights."""
-        release_memory(self.device)
+        release_memory()
         self.engine.wake_up()
-        self.engine.load_weights(whole_parameters(self.policy))
+        self.engine.load_weights(whole_parameters(policy))
 
     def roll_out(self, step: int) -> list[Episode]:
         """The step's episodes of all ranks, `samples_per_prompt` in a row for each question."""
@@ -162,10 +149,10 @@ class Trainer:
             for sample in range(samples):
                 seed = derive_seed(config.seed, step, number, sample)
                 mine.append(Episode(questions[number], prompt_ids, seed))
-        bar = tqdm(total=len(mine), desc="rollout", unit="episode", leave=False, disable=self.rank)
-        with bar:
-            for _ in self.sampling.run(mine):
-                bar.update()
+        finished = self.rollout.run(mine)
+        hidden = self.rank > 0
+        for _ in tqdm(finished, "rollout", len(mine), unit="episode", leave=False, disable=hidden):
+            pass  # `mine` holds the episodes, in order
         shares = gather(mine)
         episodes = []
         for number in range(len(questions)):
@@ -176,36 +163,52 @@ class Trainer:
     def stop_if_searches_fail(self, share: float) -> None:
         """Raises RuntimeError with the retriever's message if too many queries failed."""
         if share > MAX_SEARCH_FAILURES:
-            errors = [error for errors in gather([self.sampling.search_error]) for error in errors]
-            first = next(error for error in errors if error)
-            raise RuntimeError(f"{share:.0%} of the searches failed: {first}")
+            errors = [error for [error] in gather([self.rollout.search_error]) if error]
+            raise RuntimeError(f"{share:.0%} of the searches failed: {errors[0]}")
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of greedy answers to the held-out questions, each rank's share of them."""
-        greedy = Rollout(
-            self.engine,
-            self.sampling.tokenizer,
-            self.sampling.search,
-            TAGS,
-            dataclasses.replace(self.sampling.limits, temperature=0.0),
-            self.sampling.deterministic,
-        )
+        sampling = self.rollout.limits
+        self.rollout.limits = dataclasses.replace(sampling, temperature=0.0)
         mine = self.eval_questions[self.rank :: self.world]
-        answered = list(answer_questions(greedy, self.encode, mine, reward=self.config.reward))
+        reward = self.config.reward
+        answered = list(answer_questions(self.rollout, self.encode, mine, reward=reward))
+        self.rollout.limits = sampling
         records = [record for share in gather(answered) for record in share]
         return {f"eval_{name}": value for name, value in summarize(records).items()}
 
-    # Training
+
+# --------------------------------------------------------------------------------------------------
+# Updating the policy
+
+
+class Trainer:
+    """The policy, its optimiser and the frozen reference: everything that learns.
+
+    Args:
+        policy: trained in place.
+        reference: for the KL penalty, None without.
+    """
+
+    def __init__(self, config: Config, policy: Policy, reference: Policy | None = None):
+        self.config, self.policy, self.reference = config, policy, reference
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.optimizer = torch.optim.AdamW(
+            policy.parameters(),
+            lr=config.learning_rate,
+            betas=ADAM_BETAS,
+            weight_decay=0.0,
+            fused=True,
+        )
 
     def plan(self, batch: Batch, chosen: list[int]) -> list[list[list[int]]]:
         """This rank's micro-batches of the chosen episodes; every rank gets as many.
 
         A rank with fewer gets empty ones, so that collectives cannot hang.
         """
-        sizes = [(len(e.prompt_ids), len(e.token_ids)) for e in batch.episodes]
-        micro_batches = plan_micro_batches(
-            sizes, chosen, self.config.samples_per_prompt, self.config.micro_batch_tokens
-        )
+        sequences = {i: batch.episodes[i].token_ids for i in chosen}
+        micro_batches = plan_micro_batches(sequences, self.config.micro_batch_tokens)
         missing = -len(micro_batches) % self.world
         micro_batches += [[] for _ in range(missing)]
         return micro_batches[self.rank :: self.world]
@@ -217,10 +220,9 @@ class Trainer:
         sequences = []
         for row in rows:
             members = [batch.episodes[i] for i in row]
-            sequences.append([(e.token_ids, e.action_mask, len(e.prompt_ids)) for e in members])
-        if not sequences:
-            sequences = [[([0], [0], 1)]]  # no action: its gradient is 0
-        inputs = pack(sequences)
+            sequences.append([(e.token_ids, e.action_mask) for e in members])
+        no_action = [[([0], [0])]]  # one token, no action: its gradient is 0
+        inputs = pack(sequences or no_action)
         for name, tensor in inputs.items():
             inputs[name] = None if tensor is None else tensor.to(self.device)
         log_probs = model(**inputs, temperature=self.config.temperature)
@@ -355,7 +357,7 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
 
 def train(config: Config, out: Path, resume: bool = False, logger: str | None = None) -> None:
     """Run `config.steps` iterations, or what is left of them; export the model to `out`/model."""
-    device = start_distributed()
+    start_distributed()
     run = RunFolder(out, config, logger)
     with run.lock(resume):
         checkpoint, progress, exported = run.find_progress(resume)
@@ -367,48 +369,44 @@ def train(config: Config, out: Path, resume: bool = False, logger: str | None = 
         if progress.step == config.steps and exported:
             run.print_rank0(f"{out}: finished at step {config.steps}; the model is {out / 'model'}")
             return
-        trainer = Trainer(config, device)
+        sampler = Sampler(config)  # the engine first: it takes what it needs of an empty GPU
+        policy = load_policy(config.model, config.gradient_checkpointing, config.cpu_offload)
+        reference = None
+        if config.kl_coef > 0:
+            reference = load_policy(config.model, cpu_offload=config.cpu_offload, frozen=True)
+        trainer = Trainer(config, policy, reference)
         if checkpoint is not None:
-            load_checkpoint(checkpoint, trainer.policy, trainer.optimizer, progress)
+            load_checkpoint(checkpoint, policy, trainer.optimizer, progress)
         run.begin(progress.step)
         left = range(progress.step, config.steps)
-        for step in tqdm(
-            left, "steps", config.steps, initial=progress.step, disable=trainer.rank > 0
-        ):
-            progress = iterate(trainer, run, step, progress)
-        export(
-            trainer.policy.lm,
-            whole_parameters(trainer.policy),
-            config.model,
-            out / "model",
-            config.steps,
-        )
+        for _ in tqdm(left, "steps", config.steps, initial=progress.step, disable=trainer.rank > 0):
+            progress = iterate(sampler, trainer, run, progress)
+        export(policy.lm, whole_parameters(policy), config.model, out / "model", config.steps)
     run.print_rank0(f"model: {out / 'model'}\nmetrics: {out / 'metrics.jsonl'}")
 
 
-def iterate(trainer: Trainer, run: RunFolder, step: int, progress: Progress) -> Progress:
-    """One iteration."""
-    config, seconds = trainer.config, {}
+def iterate(sampler: Sampler, trainer: Trainer, run: RunFolder, progress: Progress) -> Progress:
+    """One iteration: from the rollout batch after `progress` to a better policy."""
+    config, step = trainer.config, progress.step
+    seconds: dict[str, float] = {}
 
     # Hand the policy's weights to the engine.
     with timed(seconds, "sync"):
-        trainer.sync_weights()
+        sampler.sync_weights(trainer.policy)
 
     # Roll out: questions times samples, with searches in them.
     with timed(seconds, "rollout"):
-        episodes = trainer.roll_out(step)
+        episodes = sampler.roll_out(step)
 
     # Score what the policy wrote.
-    for episode in episodes:
-        answers = episode.question["answers"]
-        searches = len(episode.queries)
-        episode.rewards = score_episode(episode.segments, searches, answers, config.reward)
-    metrics = {"step": step + 1} | summarize([episode_record(episode) for episode in episodes])
-    trainer.stop_if_searches_fail(metrics["search_failures"])
+    for e in episodes:
+        e.rewards = score_episode(e.segments, len(e.queries), e.question["answers"], config.reward)
+    metrics = {"step": step + 1} | summarize([episode_record(e) for e in episodes])
+    sampler.stop_if_searches_fail(metrics["search_failures"])
     if config.eval_every and step % config.eval_every == 0:
         with timed(seconds, "eval"):
-            metrics |= trainer.evaluate()
-    trainer.engine.sleep()
+            metrics |= sampler.evaluate()
+    sampler.engine.sleep()
 
     # Advantages from rewards (Eqs. 1 to 5), then optimiser steps (Eqs. 6 to 8).
     with timed(seconds, "train"):
@@ -430,9 +428,7 @@ def iterate(trainer: Trainer, run: RunFolder, step: int, progress: Progress) -> 
     # Checkpoint.
     skipped = metrics["consecutive_skipped"]
     if skipped == MAX_CONSECUTIVE_SKIPPED:
-        raise RuntimeError(
-            f"step {step + 1}: {skipped} updates in a row had a gradient that is not finite"
-        )
+        raise RuntimeError(f"step {step + 1}: {skipped} updates in a row had no finite gradient")
     progress = Progress(step + 1, progress.updates + metrics["updates"], skipped)
     is_due = config.save_every and progress.step % config.save_every == 0
     if progress.step == config.steps or is_due:
@@ -444,18 +440,6 @@ def main(argv: list[str] | None = None) -> None:
     with user_errors("train.py"):
         arguments = parse_arguments(argv, __doc__)
         train(arguments.config, arguments.out_folder, arguments.resume, arguments.log)
-
-
-def abort_process(error: BaseException) -> None:
-    """End this process at once: sys.exit would wait for collectives that other ranks never join."""
-    if isinstance(error, SystemExit) and not error.code:
-        raise error
-    try:
-        if not isinstance(error, SystemExit):
-            traceback.print_exception(error)
-        sys.stdout.flush()
-    finally:  # also where nothing can be written any more
-        os._exit(2 if isinstance(error, SystemExit) else 1)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""Rollouts until the first right answer, beside a fixed number each: `python benchmarks/difficulty.py --json`.
+"""Rollouts until the first right answer, beside a fixed number of rollouts for every question.
 
-Each in one continuous batch, one after the other, with one engine, on the same questions: what `data_prep.py difficulty`
-does, and the loop that it spares. Model, questions and limits are the demo's. The last line has the ratios.
+    python benchmarks/difficulty.py --json
+
+Both ways run in one continuous batch, one after the other, with one engine and on the same
+questions: what `data_prep.py difficulty` does, and the loop that it spares. Model, questions and
+limits are the demo's. The last line has the ratios.
 """
 
 import argparse
@@ -14,43 +17,60 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import data_prep
-import reward
+import difficulty
 from records import read_questions
 from retriever import open_retriever
-from rollout import Limits, Rollout, VLLMEngine, prompt_encoder
+from reward import PROMPTS, TAGS, score_episode
+from rollout import Limits, open_rollout
+
+
+def never_right(*arguments) -> dict:
+    """In place of `score_episode`: every question is rolled out up to the cap."""
+    return score_episode(*arguments) | {"acc_r": 0.0}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--demo", type=Path, default=Path("demo"), help="folder of `make demo`")
-    parser.add_argument("--model", default="demo/stage1/model", help="Hugging Face folder")
-    parser.add_argument("--questions", type=int, default=60)
-    parser.add_argument("--max_rollouts", type=int, default=10, help="the cap, and the fixed number")
-    parser.add_argument("--json", action="store_true", help="a line of JSON for each way; the ratios in the last")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--demo", type=Path, default=Path("demo"), help="folder of `make demo`")
+    add("--model", default="demo/stage1/model", help="Hugging Face folder")
+    add("--questions", type=int, default=60)
+    add("--max_rollouts", type=int, default=10, help="the cap, and the fixed number")
+    add("--engine", default="vllm", help="vllm or transformers")
+    add("--json", action="store_true", help="a JSON line for each way; the ratios in the last")
     args = parser.parse_args()
-    from transformers import AutoTokenizer
-
-    questions = read_questions(str(args.demo / "train.jsonl"))[: args.questions]
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    limits = Limits(max_searches=3, documents_per_search=1, max_turn_tokens=48, max_context=768, temperature=0.7)
-    search, engine = open_retriever(str(args.demo / "passages.jsonl")).search, VLLMEngine(args.model, 768, 0.9)
-    rollout = Rollout(engine, tokenizer, search, reward.TAGS, limits, deterministic=True)
-    encode, judge = prompt_encoder(tokenizer, reward.PROMPTS["demo"]), reward.judge
-    options = argparse.Namespace(max_rollouts=args.max_rollouts, seed=0, right="acc_r", retriever="demo")
+    questions = read_questions(args.demo / "train.jsonl")[: args.questions]
+    search = open_retriever(str(args.demo / "passages.jsonl")).search
+    limits = Limits(
+        max_searches=3, documents_per_search=1, max_turn_tokens=48, max_context=768, temperature=0.7
+    )
+    rollout, encode = open_rollout(args.model, search, TAGS, PROMPTS["demo"], limits, args.engine)
     rows = {}
-    for way, grade in (("until right", judge), ("fixed", lambda *a: judge(*a) | {"acc_r": 0})):  # never right: to the cap
-        engine.llm.reset_prefix_cache()
-        verdicts, start = {q["id"]: [] for q in questions}, time.perf_counter()
-        with patch.object(reward, "judge", grade):
-            count = sum(1 for _ in data_prep.roll_out_until_right(rollout, encode, questions, verdicts, options))
-        seconds, solved = time.perf_counter() - start, Counter(len(v) for v in verdicts.values() if True in v)
-        rows[way] = {"seconds": seconds, "rollouts": count, "solved by number": sorted(solved.items())}
-        print(json.dumps({"name": way} | rows[way]) if args.json else f"{way}: {rows[way]}", flush=True)
-    ratios = {
-        f"{key}, fixed / until right": rows["fixed"][key] / rows["until right"][key] for key in ("seconds", "rollouts")
-    }
-    print(json.dumps({"name": "ratios"} | ratios) if args.json else ratios)
+    for way, score in (("until right", score_episode), ("fixed", never_right)):
+        if args.engine == "vllm":
+            rollout.engine.llm.reset_prefix_cache()
+        verdicts = {question["id"]: [] for question in questions}
+        start = time.perf_counter()
+        with patch.object(difficulty, "score_episode", score):
+            rollouts = difficulty.roll_out_until_right(
+                rollout, encode, questions, verdicts, args.max_rollouts, right="acc_r", seed=0
+            )
+            count = sum(1 for _ in rollouts)
+        seconds = time.perf_counter() - start
+        solved = Counter(len(each) for each in verdicts.values() if True in each)
+        rows[way] = {
+            "seconds": seconds,
+            "rollouts": count,
+            "solved by number": sorted(solved.items()),
+        }
+        line = {"name": way} | rows[way]
+        print(json.dumps(line) if args.json else line, flush=True)
+    ratios = {"name": "ratios"}
+    for key in ("seconds", "rollouts"):
+        ratios[f"{key}, fixed / until right"] = rows["fixed"][key] / rows["until right"][key]
+    print(json.dumps(ratios) if args.json else ratios)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
-"""What grows in a long run: memory, open files and threads of train.py, and of the search server under load.
+"""What grows in a long run: memory, open files and threads of train.py or of the search server.
 
     python benchmarks/soak.py train --minutes 30 --json         # with what `make demo` made
     python benchmarks/soak.py serve --minutes 10 --json
 
-`train` is the demo's stage 2, checkpoints and all. `serve` asks a server with a BM25 index of the demo's passages, 16
-clients at once; a tenth of their requests are malformed, too large or broken off. A sample a second, a line a minute. The
-last line has the growth after the first --settle minutes: what the last fifth of the samples since then shows, over what the
-first fifth shows.
+`train` is the demo's stage 2 with its checkpoints. `serve` is a search server with a BM25 index of
+the demo's passages and 16 clients; a tenth of their requests are malformed, too large or broken
+off. The process is sampled once a second; each minute has a line. The last line has the growth:
+the last fifth of the samples that follow the first --settle minutes, over the first fifth.
 """
 
-import argparse
-import json
 import os
 import random
 import socket
@@ -21,42 +19,57 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from json import dumps
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Literal, NamedTuple
 
-import requests
+import tyro
+import urllib3
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+# A script finds the modules beside it; those of the core lie one folder up.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import records
-import retriever
-from tools import search_server
+from records import read_passages
+from retriever import Remote, build_bm25
+from tools.search_server import MAX_BODY_BYTES, MAX_PASSAGES
 
-ROOT, CLIENTS = Path(retriever.__file__).parent, 16
-
-
-def sample(pid: int) -> tuple[float, int, int]:
-    """Resident MiB, open files, threads."""
-    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
-    return int(status["VmRSS"].split()[0]) / 1024, len(os.listdir(f"/proc/{pid}/fd")), int(status["Threads"])
+ROOT = Path(__file__).resolve().parent.parent
+CLIENTS = 16
+HALF_REQUEST = b"POST /search HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
 
 
-def describe(samples: list[tuple[float, int, int]]) -> dict[str, float]:
-    resident, files, threads = zip(*samples, strict=True)
-    memory = {"least": min(resident), "median": statistics.median(resident), "greatest": max(resident)}
-    return {f"resident_mib_{name}": round(value) for name, value in memory.items()} | {
-        "open_files": statistics.median(files),
-        "threads": statistics.median(threads),
+class Sample(NamedTuple):
+    resident_mib: float
+    open_files: int
+    threads: int
+
+
+def sample(pid: int) -> Sample:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    status = dict(line.split(":", 1) for line in lines)
+    resident = int(status["VmRSS"].split()[0]) / 1024
+    return Sample(resident, len(os.listdir(f"/proc/{pid}/fd")), int(status["Threads"]))
+
+
+def describe(samples: list[Sample]) -> dict[str, float]:
+    resident = [each.resident_mib for each in samples]
+    return {
+        "resident_mib_least": round(min(resident)),
+        "resident_mib_median": round(statistics.median(resident)),
+        "resident_mib_greatest": round(max(resident)),
+        "open_files": statistics.median(each.open_files for each in samples),
+        "threads": statistics.median(each.threads for each in samples),
     }
 
 
 @contextmanager
-def training(demo: Path, folder: str) -> Iterator[subprocess.Popen]:
-    options = "--preset demo --stage 2 --steps 100000".split()
-    data = [f"--model={demo}/stage1/model", f"--questions={demo}/train.jsonl", f"--retriever={demo}/passages.jsonl"]
-    with open(f"{folder}/log", "w") as log:
-        command = [sys.executable, str(ROOT / "train.py"), *options, *data, f"--out={folder}/run"]
+def training(demo: Path, folder: Path) -> Iterator[subprocess.Popen]:
+    command = [sys.executable, ROOT / "train.py", "--preset=demo", "--stage=2", "--steps=100000"]
+    command += [f"--model={demo}/stage1/model", f"--questions={demo}/train.jsonl"]
+    command += [f"--retriever={demo}/passages.jsonl", f"--out={folder}/run"]
+    with open(folder / "log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
         yield process
@@ -66,68 +79,77 @@ def training(demo: Path, folder: str) -> Iterator[subprocess.Popen]:
 
 
 @contextmanager
-def serving(demo: Path, folder: str) -> Iterator[subprocess.Popen]:
-    """A search server, asked by CLIENTS all the time."""
-    titles = [passage["title"] for passage in records.read_passages(demo / "passages.jsonl")]
-    retriever.build_bm25(str(demo / "passages.jsonl"), Path(folder, "index"))
-    with open(f"{folder}/log", "w") as log:
-        command = [sys.executable, str(ROOT / "tools" / "search_server.py"), "--index", f"{folder}/index", "--port", "0"]
+def serving(demo: Path, folder: Path) -> Iterator[subprocess.Popen]:
+    """A search server under the requests of CLIENTS threads."""
+    titles = [passage["title"] for passage in read_passages(demo / "passages.jsonl")]
+    build_bm25(str(demo / "passages.jsonl"), folder / "index")
+    script = ROOT / "tools" / "search_server.py"
+    command = [sys.executable, script, "--port=0", f"--index={folder}/index"]
+    with open(folder / "log", "w") as log:
         server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-    url, stop = server.stdout.readline().split()[-1], threading.Event()
-    clients = [threading.Thread(target=ask, args=(url, titles, n, stop)) for n in range(CLIENTS)]
-    for client in clients:
-        client.start()
+    url = server.stdout.readline().split()[-1]
+    stop = threading.Event()
+    pool = ThreadPoolExecutor(CLIENTS)
+    clients = [pool.submit(send_requests, url, titles, seed, stop) for seed in range(CLIENTS)]
     try:
         yield server
     finally:
         stop.set()
-        for client in clients:
-            client.join()
+        wait(clients)
         server.terminate()
         server.wait()
+    for client in clients:
+        client.result()  # raises what the client raised
 
 
-def ask(url: str, queries: list[str], seed: int, stop: threading.Event) -> None:
-    """Nine good requests to one that the server must refuse, or whose client goes away."""
-    rng, remote = random.Random(seed), retriever.Remote(url)
+def send_requests(url: str, queries: list[str], seed: int, stop: threading.Event) -> None:
+    """Nine good requests to one that the server must refuse or whose client goes away."""
+    rng = random.Random(seed)
+    remote = Remote(url)
+    pool = urllib3.PoolManager(retries=False)
+    host, port = url.removeprefix("http://").split(":")
     while not stop.is_set():
         match rng.randrange(40):
             case 0:
-                requests.post(f"{url}/search", data=b'{"queries":')
+                pool.request("POST", f"{url}/search", body=b'{"queries":')
             case 1:
-                requests.post(f"{url}/search", data=b"x" * (search_server.MAX_BODY + 1))
+                pool.request("POST", f"{url}/search", body=b"x" * (MAX_BODY_BYTES + 1))
             case 2:
-                requests.post(f"{url}/search", json={"queries": ["x"] * (retriever.MAX_QUERIES + 1)})
+                pool.request("POST", f"{url}/search", json={"queries": ["x"] * (MAX_PASSAGES + 1)})
             case 3:
-                with socket.create_connection((urlsplit(url).hostname, urlsplit(url).port)) as client:
-                    client.sendall(b"POST /search HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+                with socket.create_connection((host, int(port))) as client:
+                    client.sendall(HALF_REQUEST)
             case _:
                 remote.search(rng.choices(queries, k=rng.randint(1, 8)), 3)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "serve"])
-    parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--settle", type=float, default=5, help="minutes that do not count")
-    parser.add_argument("--demo", type=Path, default=Path("demo"), help="the folder that `make demo` made")
-    parser.add_argument("--json", action="store_true", help="lines of JSON, in the last one the growth")
-    args = parser.parse_args()
-    tell = lambda row: print(json.dumps(row) if args.json else row, flush=True)  # noqa: E731
-    start, samples, begin = {"train": training, "serve": serving}[args.what], [], time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, start(args.demo.resolve(), folder) as process:
-        while len(samples) < 60 * args.minutes:
+def main(
+    what: tyro.conf.Positional[Literal["train", "serve"]],
+    minutes: float = 30,
+    settle: float = 5,  # minutes at the beginning that do not count
+    demo: Path = Path("demo"),  # the folder that `make demo` made
+    json: bool = False,
+) -> None:
+    show = dumps if json else str
+    start = training if what == "train" else serving
+    samples = []
+    with tempfile.TemporaryDirectory() as name, start(demo.resolve(), Path(name)) as process:
+        begin = time.monotonic()
+        while len(samples) < 60 * minutes:
             time.sleep(max(0.0, begin + len(samples) - time.monotonic()))
             if process.poll() is not None:
-                sys.exit(f"it ended by itself: {Path(folder, 'log').read_text()[-2000:]}")
+                sys.exit(f"it ended by itself: {Path(name, 'log').read_text()[-2000:]}")
             samples.append(sample(process.pid))
             if len(samples) % 60 == 0:
-                tell({"minute": len(samples) // 60} | describe(samples[-60:]))
-    settled = samples[int(60 * args.settle) :]
+                minute = len(samples) // 60
+                print(show({"minute": minute} | describe(samples[-60:])), flush=True)
+    settled = samples[int(60 * settle) :]
     fifth = -(-len(settled) // 5)
-    first, last = describe(settled[:fifth]), describe(settled[len(settled) - fifth :])
-    tell({"name": "ratios", "what": args.what} | {name: round(last[name] / first[name], 4) for name in first})
+    first = describe(settled[:fifth])
+    last = describe(settled[len(settled) - fifth :])
+    growth = {quantity: round(last[quantity] / first[quantity], 4) for quantity in first}
+    print(show({"name": "ratios", "what": what} | growth), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)

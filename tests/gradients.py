@@ -1,4 +1,7 @@
-"""One optimiser step's gradients on the ranks that torchrun gives: `gradients.py MODEL OUT CASE`; see test_train.py."""
+"""One optimiser step on the ranks that torchrun gives: `gradients.py MODEL OUT CASE`.
+
+For test_train.py; the cases are those of `CASES` there.
+"""
 
 import json
 import math
@@ -12,63 +15,75 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch.distributed as dist
 
-import reinforce_pp
 import train
+from config import Config
+from policy import gather, load_policy, start_distributed
 from rollout import Episode
 
 
 def make_episodes(groups: int, samples: int, seed: int = 0) -> list[Episode]:
-    """Episodes of uneven length with two turns each and a random reward; the last group has one reward for all."""
+    """Episodes of uneven length with two turns each; the last group has one reward for all."""
     rng = random.Random(seed)
-    ids = lambda low, high: [rng.randrange(3, 300) for _ in range(rng.randint(low, high))]  # noqa: E731
+
+    def draw(low: int, high: int) -> list[int]:
+        return [rng.randrange(3, 300) for _ in range(rng.randint(low, high))]
+
     episodes = []
     for group in range(groups):
-        prompt = ids(20, 40)
+        prompt = draw(20, 40)
         for _ in range(samples):
             episode = Episode({}, prompt)
             episode.add("prompt", prompt, "")
             for kind in ("policy", "documents", "policy"):
-                part = ids(1, 25)
-                episode.add(kind, part, "", [-rng.random()] * len(part) if kind == "policy" else None)
-            episode.rewards = {"reward": 1.0 if group == groups - 1 and groups > 1 else rng.random()}
+                ids = draw(1, 25)
+                sampled = [-rng.random()] * len(ids) if kind == "policy" else None
+                episode.add(kind, ids, "", sampled)
+            alike = group == groups - 1 and groups > 1
+            episode.rewards = {"reward": 1.0 if alike else rng.random()}
             episodes.append(episode)
     return episodes
 
 
-def optimize_with_nan_on_rank_1(batch: train.Batch, policy: train.Policy, out: str) -> None:
+def update_with_nan_on_rank_1(trainer: train.Trainer, batch: train.Batch, out: str) -> None:
     """Write what each rank says of the update."""
-    before, plain = [p.to_local().clone() for p in policy.parameters()], reinforce_pp.policy_loss
+    parameters = list(trainer.policy.parameters())
+    before = [p.to_local().clone() for p in parameters]
+    plain = train.policy_loss
     if dist.get_rank() == 1:
-        reinforce_pp.policy_loss = lambda *args: (plain(*args)[0] * math.nan, plain(*args)[1])
-    metrics = train.optimize(batch, policy, None, torch.optim.AdamW(policy.parameters(), lr=1.0))
-    changed = any(not torch.equal(a, p.to_local()) for a, p in zip(before, policy.parameters(), strict=True))
-    found = [each for share in train.gather([metrics | {"changed": changed}]) for each in share]
+        train.policy_loss = lambda *args: (plain(*args)[0] * math.nan, plain(*args)[1])
+    trainer.compute_advantages(batch)
+    metrics = trainer.update(batch)
+    pairs = zip(before, parameters, strict=True)
+    metrics["changed"] = any(not torch.equal(old, p.to_local()) for old, p in pairs)
+    found = [each for share in gather([metrics]) for each in share]
     if dist.get_rank() == 0:
-        Path(out).write_text(json.dumps([{k: each[k] for k in ("updates", "bad_updates", "changed")} for each in found]))
+        kept = ("updates", "skipped_updates", "changed")
+        Path(out).write_text(json.dumps([{name: each[name] for name in kept} for each in found]))
 
 
-def write_gradients(batch: train.Batch, policy: train.Policy, out: str) -> None:
-    batch.prepare(policy, None)
-    micro_batches = len(batch.plan(list(range(len(batch.episodes)))))
-    batch.backward(policy, list(range(len(batch.episodes))))
-    gradients = {name: p.grad.full_tensor() for name, p in policy.named_parameters()}
+def write_gradients(trainer: train.Trainer, batch: train.Batch, out: str) -> None:
+    everyone = list(range(len(batch.episodes)))
+    trainer.compute_advantages(batch)
+    micro_batches = len(trainer.plan(batch, everyone))
+    trainer.backward(batch, everyone)
+    gradients = {name: p.grad.full_tensor() for name, p in trainer.policy.named_parameters()}
     if dist.get_rank() == 0:
         torch.save({"gradients": gradients, "micro_batches": micro_batches}, out)
 
 
 def main(model: str, out: str, case: str) -> None:
-    device = train.start_distributed()
+    start_distributed()
     groups, budget = (1, 4096) if case == "one" else (3, 110)
-    config = train.Config(
+    config = Config(
         model=model,
         samples_per_prompt=3,
         prompts_per_step=groups,
         micro_batch_tokens=budget,
-        gradient_checkpointing=case == "checkpointing",
     )
-    policy = train.load_policy(config, device)
-    batch = train.Batch(make_episodes(groups, 3), config, device, dist.get_rank(), dist.get_world_size(), dist.all_reduce)
-    (optimize_with_nan_on_rank_1 if case == "nan" else write_gradients)(batch, policy, out)
+    trainer = train.Trainer(config, load_policy(model, case == "checkpointing"))
+    batch = train.make_batch(make_episodes(groups, 3), 3, trainer.device)
+    run = update_with_nan_on_rank_1 if case == "nan" else write_gradients
+    run(trainer, batch, out)
     dist.barrier()
     os._exit(0)
 

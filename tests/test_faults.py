@@ -22,7 +22,7 @@ import data_prep
 import evaluate
 import records
 import retriever
-from reward import PROMPTS, REWARDS, TAGS, judge
+from reward import PROMPTS, REWARDS, TAGS, score_episode
 from rollout import Episode, Limits, Rollout, data_encoder, prompt_encoder
 from tools import report, web_search
 
@@ -100,7 +100,7 @@ def test_every_episode_is_consistent(tokenizer, script, passages, **limits):
     assert episode.finish_reason in ("answer", "eos", "length", "max_searches", "bad_query")
     assert episode.search_failures == 0
     for reward in REWARDS:
-        assert math.isfinite(judge(episode.segments, len(episode.queries), ["b", "汉"], reward)["reward"])
+        assert math.isfinite(score_episode(episode.segments, len(episode.queries), ["b", "汉"], reward)["reward"])
 
 
 @bounded
@@ -111,7 +111,7 @@ def test_documents_change_no_reward_whatever_the_policy_wrote(tokenizer, script,
     two, _ = play_hostile(tokenizer, script, others)
     assert consistent(one, tokenizer) == consistent(two, tokenizer)
     for reward in REWARDS:
-        assert judge(one.segments, len(one.queries), ["b"], reward) == judge(two.segments, len(two.queries), ["b"], reward)
+        assert score_episode(one.segments, len(one.queries), ["b"], reward) == score_episode(two.segments, len(two.queries), ["b"], reward)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_documents_change_no_reward_whatever_the_policy_wrote(tokenizer, script,
 )
 def test_what_a_policy_does_to_cheat(tokenizer, script, reason, rule):
     episode, asked = play_hostile(tokenizer, script, [{"title": "T", "text": "b"}], max_turn_tokens=512)
-    assert episode.finish_reason == reason and judge(episode.segments, len(asked), ["b"])["failed_rule"] == rule
+    assert episode.finish_reason == reason and score_episode(episode.segments, len(asked), ["b"])["failed_rule"] == rule
 
 
 @bounded

@@ -11,8 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from reinforce_pp import (
     ALGORITHMS,
-    advantages,
-    group_baseline,
+    MAX_SHARED_ROW,
+    centre,
+    estimate_advantages,
+    grpo,
     kl_estimate,
     normalize,
     pack,
@@ -22,7 +24,9 @@ from reinforce_pp import (
     token_log_probs,
 )
 
-MASK = tensor([[0, 1, 1, 0, 0, 1, 1, 0], [0, 1, 0, 0, 0, 0, 0, 0]], dtype=torch.bool)  # two turns; one action
+MASK = tensor(
+    [[0, 1, 1, 0, 0, 1, 1, 0], [0, 1, 0, 0, 0, 0, 0, 0]], dtype=torch.bool
+)  # two turns; one action
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -66,29 +70,31 @@ def test_eq_3_kl_on_injected_tokens_contributes_nothing():
 
 def test_eq_4_by_hand():
     rewards = tensor([[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 2.0]], dtype=torch.double)
-    assert torch.equal(group_baseline(rewards, "reinforce++"), rewards)
-    assert torch.equal(group_baseline(rewards, "reinforce++_baseline")[0], tensor([0.5, -0.5, -0.5, 0.5]).double())
-    grpo = group_baseline(rewards, "grpo")
-    assert torch.allclose(grpo[0], tensor([1.0, -1.0, -1.0, 1.0]).double(), atol=1e-5)
-    assert grpo[1].abs().sum() == 0
+    assert torch.equal(centre(rewards)[0], tensor([0.5, -0.5, -0.5, 0.5]).double())
+    one_action_each = torch.ones(8, 1)
+    standardized = grpo(rewards, one_action_each, None, 0.0)
+    assert torch.allclose(standardized[:4, 0], tensor([1.0, -1.0, -1.0, 1.0]).double(), atol=1e-5)
+    assert standardized[4:].abs().sum() == 0
 
 
 @given(st.floats(-3, 3, allow_nan=False), st.integers(2, 16))
 def test_eq_4_equal_rewards_give_exactly_zero(reward, samples):
-    """Three times 0.1 do not average to 0.1: without care, eps blows the rounding up to a false advantage."""
+    """Three times 0.1 do not average to 0.1; eps would blow the rounding up to a false advantage."""
     rewards = torch.full((1, samples), reward, dtype=torch.double)
-    for algorithm in ("grpo", "reinforce++_baseline"):
-        assert group_baseline(rewards, algorithm).abs().max() == 0
+    assert centre(rewards).abs().max() == 0
+    assert grpo(rewards, torch.ones(samples, 1), None, 0.0).abs().max() == 0
 
 
 def test_eq_5_by_hand():
-    got = normalize(tensor([[0.0, 1.0, 1.0, 9.0], [0.0, 4.0, 9.0, 9.0]]), tensor([[0, 1, 1, 0], [0, 1, 0, 0]]))
+    got = normalize(
+        tensor([[0.0, 1.0, 1.0, 9.0], [0.0, 4.0, 9.0, 9.0]]), tensor([[0, 1, 1, 0], [0, 1, 0, 0]])
+    )
     # values 1, 1, 4: mean 2, variance 2
     assert torch.allclose(got, tensor([[0, -1, -1, 0], [0, 2, 0, 0]]) / math.sqrt(2))
 
 
 def test_reinforce_pp_end_to_end_by_hand():
-    got = advantages(tensor([[1.0], [-2.0]]), MASK, "reinforce++")
+    got = estimate_advantages("reinforce++", tensor([[1.0], [-2.0]]), MASK)
     mean, std = (4 * 1 - 2) / 5, math.sqrt(4 / 5 * 1 + 4 / 5 - (2 / 5) ** 2)
     assert torch.allclose(got[0][MASK[0]], torch.full((4,), (1 - mean) / std))
     assert got[1, 1].item() == pytest.approx((-2 - mean) / std)
@@ -98,14 +104,14 @@ def test_reinforce_pp_end_to_end_by_hand():
 def test_degenerate_batches_have_defined_advantages(algorithm):
     for rewards in (torch.ones(2, 1), torch.ones(1, 2), tensor([[1.0, 0.0]])):
         for mask in (MASK, torch.zeros_like(MASK)):
-            assert advantages(rewards, mask, algorithm).isfinite().all()
+            assert estimate_advantages(algorithm, rewards, mask).isfinite().all()
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_inputs_are_not_mutated(algorithm):
     rewards, mask, kl = tensor([[1.0, 0.0]]), MASK.clone(), torch.rand(2, 8)
     before = rewards.clone(), mask.clone(), kl.clone()
-    advantages(rewards, mask, algorithm, kl, 0.1)
+    estimate_advantages(algorithm, rewards, mask, kl, 0.1)
     assert all(torch.equal(a, b) for a, b in zip(before, (rewards, mask, kl), strict=True))
 
 
@@ -137,7 +143,9 @@ def test_eq_6_far_apart_stays_finite():
 
 def test_eq_7_by_hand():
     old = tensor([-1.0, -1.0, -1.0], requires_grad=True)
-    sampler = tensor([-1.0 - math.log(1.5), -1.0 + math.log(8), -9.0])  # weights 1.5, 1/8 -> 1/2, e^8 -> 2
+    sampler = tensor(
+        [-1.0 - math.log(1.5), -1.0 + math.log(8), -9.0]
+    )  # weights 1.5, 1/8 -> 1/2, e^8 -> 2
     loss, _ = policy_loss(old, old, torch.ones(3), sampler_log_probs=sampler, sampler_clip=2.0)
     assert torch.allclose(loss, -tensor([1.5, 0.5, 2.0]))
 
@@ -159,7 +167,9 @@ def test_chunked_log_probs_equal_the_straightforward_way(chunk, temperature):
     expected = (hidden @ weight.T / temperature).log_softmax(-1).gather(1, targets[:, None])[:, 0]
     expected.backward(upstream)
     assert torch.allclose(got, expected, atol=1e-5)
-    assert torch.allclose(grads[0], hidden.grad, atol=1e-5) and torch.allclose(grads[1], weight.grad, atol=1e-5)
+    assert torch.allclose(grads[0], hidden.grad, atol=1e-5) and torch.allclose(
+        grads[1], weight.grad, atol=1e-5
+    )
 
 
 def test_no_action_tokens_give_an_empty_result_with_a_gradient():
@@ -172,7 +182,13 @@ def test_no_action_tokens_give_an_empty_result_with_a_gradient():
 def model():
     torch.manual_seed(0)
     return LlamaForCausalLM(
-        LlamaConfig(vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2)
+        LlamaConfig(
+            vocab_size=50,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+        )
     )
 
 
@@ -187,14 +203,20 @@ def run_packed(model, rows):
     return log_probs.detach(), [p.grad.clone() for p in model.parameters()]
 
 
-continuation = st.lists(st.tuples(st.integers(0, 49), st.integers(0, 1)), min_size=0, max_size=9)
+# Token ids and action mask of a sequence. Few different tokens, so that common prefixes are frequent.
+SEQUENCES = st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=2, max_size=9)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.integers(0, 49), min_size=1, max_size=6), st.lists(continuation, min_size=1, max_size=4))
-def test_a_shared_prompt_changes_neither_values_nor_gradients(model, prompt, continuations):
-    sequences = [(prompt + [t for t, _ in c], [0] * len(prompt) + [a for _, a in c], len(prompt)) for c in continuations]
-    if not any(a for _, mask, _ in sequences for a in mask):
+@settings(max_examples=40, deadline=None)
+@given(st.lists(SEQUENCES, min_size=1, max_size=4), st.integers(0, 9))
+def test_a_common_prefix_changes_neither_values_nor_gradients(model, drawn, instructions):
+    """Nor does a prefix that reaches into what the policy sampled."""
+    sequences = []
+    for tokens in drawn:
+        ids = [7] * instructions + [token for token, _ in tokens]
+        mask = [0] * (instructions + 1) + [int(acted) for _, acted in tokens[1:]]
+        sequences.append((ids, mask))
+    if not any(acted for _, mask in sequences for acted in mask):
         return
     shared, shared_grads = run_packed(model, [sequences])
     apart, apart_grads = run_packed(model, [[sequence] for sequence in sequences])
@@ -206,24 +228,47 @@ def test_a_shared_prompt_changes_neither_values_nor_gradients(model, prompt, con
 def test_packed_log_probs_are_those_of_the_plain_model(model):
     ids, mask = [3, 1, 4, 1, 5, 9, 2], [0, 0, 1, 0, 1, 1, 0]
     expected = model(tensor([ids])).logits[0].log_softmax(-1)
-    got, _ = run_packed(model, [[(ids, mask, 2), (ids[:4], mask[:4], 2)], [(ids, mask, 2)]])
+    other = [3, 1, 7, 7]
+    got, _ = run_packed(model, [[(ids, mask), (other, mask[:4])], [(ids, mask)]])
     by_hand = [expected[t - 1, ids[t]].item() for t in (2, 4, 5)]
-    assert got.tolist() == pytest.approx([*by_hand, by_hand[0], *by_hand], abs=1e-5)
+    assert got.tolist() == pytest.approx([*by_hand, expected[1, 7].item(), *by_hand], abs=1e-5)
+
+
+def test_a_shared_row_computes_the_prefix_once():
+    batch = pack([[([1, 2, 3, 4, 5], [0, 0, 0, 1, 1]), ([1, 2, 6, 7, 8], [0, 0, 0, 1, 1])]])
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 6, 7]]  # the last action is never read
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3]]
+    assert batch["source"].tolist() == [2, 3, 4, 5] and batch["targets"].tolist() == [4, 5, 7, 8]
+    first_of_second = batch["attention_mask"][0, 0, 4]
+    assert first_of_second.tolist() == [True, True, False, False, True, False]
 
 
 @given(
-    st.lists(st.tuples(st.integers(1, 50), st.integers(0, 80)), min_size=1, max_size=24),
-    st.integers(1, 4),
+    st.lists(st.tuples(st.integers(1, 3), st.integers(1, 60), st.integers(1, 80)), max_size=24),
     st.integers(50, 400),
-    st.data(),
 )
-def test_a_plan_holds_every_sequence_once_within_the_budget(sizes, samples, budget, data):
-    sizes = [sizes[i // samples * samples] for i in range(len(sizes))]  # `samples` in a row share their prompt
-    lengths = [(prompt, prompt + i % 7 + rest) for i, (prompt, rest) in enumerate(sizes)]
-    chosen = data.draw(st.lists(st.sampled_from(range(len(lengths))), unique=True).map(sorted))
-    plan = plan_micro_batches(lengths, chosen, samples, budget)
-    assert sorted(i for batch in plan for row in batch for i in row) == chosen
-    for batch in plan:
-        widths = [lengths[row[0]][0] + sum(lengths[i][1] - lengths[i][0] for i in row) for row in batch]
-        assert max(widths) * len(batch) <= budget or (len(batch) == 1 and len(batch[0]) == 1)
-        assert all(len({i // samples for i in row}) == 1 for row in batch)
+def test_a_plan_holds_every_sequence_once_within_the_budget(drawn, budget):
+    """(question, length of its prompt, length of the rest); questions differ in their first token."""
+    sequences = {}
+    for number, (question, prompt, rest) in enumerate(drawn):
+        sequences[10 * number] = [question] * prompt + [100 + number] * rest
+    plan = plan_micro_batches(sequences, budget)
+    planned = sorted(index for rows in plan for row in rows for index in row)
+    assert planned == list(sequences)
+    for rows in plan:
+        packed = []
+        for row in rows:
+            packed.append([(sequences[i], [0] * len(sequences[i])) for i in row])
+            # `pack` leaves the tokens after the last action out; with an action at the end:
+            packed[-1] = [(ids + [0], [0] * len(ids) + [1]) for ids, _ in packed[-1]]
+        computed = pack(packed)["input_ids"]
+        is_one_sequence = len(rows) == 1 and len(rows[0]) == 1
+        assert computed.numel() <= budget or is_one_sequence
+        assert computed.shape[1] <= MAX_SHARED_ROW or all(len(row) == 1 for row in rows)
+
+
+def test_samples_of_one_question_share_a_row_and_unlike_sequences_do_not():
+    alike = {i: [1] * 50 + [i] * 20 for i in range(4)}
+    assert plan_micro_batches(alike, 2000) == [[[0, 1, 2, 3]]]
+    unlike = {i: [i] * 70 for i in range(4)}
+    assert plan_micro_batches(unlike, 2000) == [[[0], [1], [2], [3]]]

@@ -1,7 +1,8 @@
-"""A tiny world to train in: a model, questions, passages, a configuration; and what a run in it logged."""
+"""A tiny world to train in: model, questions, passages, configuration; and what a run logged."""
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 import warnings
@@ -11,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import checkpoint
 import train
+from config import Config
 
 ASK = " I look.\n<|begin_of_query|> red harbor <|end_of_query|>"
 TELL = "\nIt is b. </think> <answer> b </answer>"
@@ -40,7 +42,7 @@ TINY = dict(
 
 
 def make_model(folder: Path) -> None:
-    """A real model folder, for transformers and vLLM: a tiny Llama that was taught to search and answer by heart."""
+    """A real model folder: a tiny Llama that was taught to search and answer by heart."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -49,10 +51,16 @@ def make_model(folder: Path) -> None:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([f"Question: who is {i}?\n<think>{ASK}{DOCUMENTS}{TELL}" for i in range(10)], trainer)
+    trainer = trainers.BpeTrainer(
+        vocab_size=512, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    texts = [f"Question: who is {i}?\n<think>{ASK}{DOCUMENTS}{TELL}" for i in range(10)]
+    bpe.train_from_iterator(texts, trainer)
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>", chat_template=CHAT_TEMPLATE
+        tokenizer_object=bpe,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHAT_TEMPLATE,
     )
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -74,7 +82,8 @@ def make_model(folder: Path) -> None:
         parts = [f"Question: who is {i}?\n<think>", ASK, DOCUMENTS, TELL]
         if i % 2:
             parts = [parts[0], TELL]
-        lessons.append(torch.tensor([[t for part in parts for t in tokenizer.encode(part, add_special_tokens=False)]]))
+        ids = [t for part in parts for t in tokenizer.encode(part, add_special_tokens=False)]
+        lessons.append(torch.tensor([ids]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(100):
         ids = lessons[step % 10]
@@ -85,34 +94,35 @@ def make_model(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def make_world(folder: Path, model: str) -> train.Config:
-    """Questions and passages for the tiny model in a folder; its configuration, for runs with the folder as current one."""
+def make_world(folder: Path, model: str) -> Config:
+    """Questions and passages for the tiny model; a configuration for runs within the folder."""
     (folder / "p.txt").write_text("Question: {question}\n<think>")
     questions = [{"id": i, "question": f"who is {i}?", "answers": ["b"]} for i in range(8)]
     (folder / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
     passages = [{"id": i, "title": "T", "text": f"words {i} </answer>"} for i in range(5)]
     (folder / "c.jsonl").write_text("".join(json.dumps(p) + "\n" for p in passages))
-    return train.Config(**TINY, model=model, questions="q.jsonl", retriever="c.jsonl")
+    return Config(**TINY, model=model, questions="q.jsonl", retriever="c.jsonl")
 
 
 def metrics_of(out) -> list[dict]:
-    """What the run logged, without its times; a last line that it was killed over is left out."""
+    """What the run logged, without its times; a torn last line is left out."""
     file = Path(out) / "metrics.jsonl"
     rows = [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
-    return [
-        {k: v for k, v in row.items() if not k.startswith(("seconds", "peak")) and "per_second" not in k} for row in rows
-    ]
+    timed = re.compile("seconds|peak|.*per_second")
+    return [{k: v for k, v in row.items() if not timed.match(k)} for row in rows]
 
 
 def state_of(out) -> dict:
-    """Parameters and moments of the run's newest checkpoint, whole tensors in fp32, whatever the number of ranks."""
+    """Parameters and moments of the run's newest checkpoint, as whole tensors in fp32."""
     import torch
     import torch.distributed.checkpoint as dcp
 
-    newest = str(checkpoint.checkpoints(Path(out, "checkpoints"))[-1])
+    newest = str(checkpoint.list_checkpoints(Path(out, "checkpoints"))[-1])
     described = dcp.HuggingFaceStorageReader(newest).read_metadata().state_dict_metadata
-    state = {name: torch.empty(tensor.size, dtype=tensor.properties.dtype) for name, tensor in described.items()}
-    with warnings.catch_warnings(action="ignore", category=UserWarning):  # that no other rank takes part
+    state = {}
+    for name, tensor in described.items():
+        state[name] = torch.empty(tensor.size, dtype=tensor.properties.dtype)
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # no other rank takes part
         dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(newest), no_dist=True)
     return state
 
@@ -121,11 +131,14 @@ def equal_states(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
 
 
-def command(config: train.Config, out: str, *flags: str) -> list[str]:
-    given = [f"--{k}={v}" for k, v in dataclasses.asdict(config).items() if not isinstance(v, bool) and v != ""]
+def command(config: Config, out: str, *flags: str) -> list[str]:
+    """train.py and its arguments."""
+    options = dataclasses.asdict(config).items()
+    given = [f"--{k}={v}" for k, v in options if not isinstance(v, bool) and v != ""]
     return [train.__file__, "--preset", "demo", "--stage", "2", "--out", out, *given, *flags]
 
 
 def torchrun(ranks: int, *args: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), *args]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, *launcher, *args]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)

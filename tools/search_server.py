@@ -1,158 +1,191 @@
-"""Answer searches over HTTP: `python tools/search_server.py --index INDEX --port 8000`."""
+"""Answer searches over HTTP, from an index or from the web, for `--retriever http://HOST:PORT`.
 
-import argparse
+    python tools/search_server.py --index data/bm25 --port 8000
+    SERPER_API_KEY=... python tools/search_server.py --web serper --port 8000
+
+POST /search, /queries (protocol of the official R1-Searcher) or /retrieve (of Search-R1): search.
+GET /health: the process runs. GET /ready: the index is open; until then searches get status 503.
+"""
+
 import asyncio
+import json
 import signal
 import socket
 import sys
-import threading
 from collections.abc import Callable
-from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
+from threading import Thread
+from typing import Literal
 
+# A script finds the modules beside it; those of the core lie one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from records import Passage, user_errors
-from retriever import MAX_QUERIES, SHAPES, Retriever, open_retriever
+from records import MALFORMED, Passage, user_errors
+from retriever import Retriever, open_retriever
+from tools.web_search import WebSearch
 
-MAX_K, MAX_BODY = 100, 4 << 20  # of one request, the last in bytes
+MAX_BODY_BYTES = 4 << 20  # of a request; a longer one gets status 413
+MAX_PASSAGES = 100_000  # queries times k of a request; more get status 422
+MAX_CONNECTIONS = 1024  # requests of further connections get status 503
+SHUTDOWN_SECONDS = 30  # after SIGTERM; without a bound, a client that stalls keeps the process
 
 
-MAX_SECONDS = 30  # for its head to arrive, and again for its body
-
-
-MAX_WAITING = 1024  # requests
+@dataclass
+class SearchRequest:
+    queries: list[str]
+    k: int  # passages for each query
+    return_scores: bool  # in the protocol of Search-R1
+    results: asyncio.Future = field(init=False)  # set by `Batcher.search`
 
 
 class Batcher:
-    """Requests that arrive while a search runs go into the next one together."""
+    """Requests that arrive while a search runs share the next one: encoders on a GPU gain by it.
 
-    def __init__(self):
-        self.retriever: Retriever | None = None  # None while it loads
-        self.waiting: asyncio.Queue = asyncio.Queue()
+    Only requests of the same k share: an approximate index may find others for another k.
+    """
+
+    def __init__(self, retriever: Retriever | None = None):
+        self.retriever = retriever  # None until the index is open
+        self.waiting: dict[int, list[SearchRequest]] = {}  # by k
+        self.worker: asyncio.Task | None = None
         self.answered = 0
 
-    async def search(self, queries: list[str], k: int) -> list[list[Passage]]:
-        future = asyncio.get_running_loop().create_future()
-        self.waiting.put_nowait((queries, k, future))
-        results = await future
+    async def search(self, request: SearchRequest) -> list[list[Passage]]:
+        """One list of passages a query; raises RuntimeError if the search fails."""
+        request.results = asyncio.get_running_loop().create_future()
+        self.waiting.setdefault(request.k, []).append(request)
+        if self.worker is None or self.worker.done():
+            self.worker = asyncio.create_task(self._search_waiting())
+        results = await request.results
         self.answered += 1
         return results
 
-    async def run(self) -> None:
-        while True:
-            batch = [await self.waiting.get()]
-            while not self.waiting.empty() and sum(len(queries) for queries, _, _ in batch) < MAX_QUERIES:
-                batch.append(self.waiting.get_nowait())
-            for k in {k for _, k, _ in batch}:  # apart: an approximate index may find others for another k
-                await self._search_together([(queries, future) for queries, asked, future in batch if asked == k], k)
+    async def _search_waiting(self) -> None:
+        while self.waiting:
+            longest_waiting_k = next(iter(self.waiting))
+            await self._search_together(self.waiting.pop(longest_waiting_k))
 
-    async def _search_together(self, requests: list[tuple[list[str], asyncio.Future]], k: int) -> None:
-        asked = [query for queries, _ in requests for query in queries]
-        search = asyncio.to_thread(lambda: [each for _, each in zip(asked, self.retriever.search(asked, k), strict=True)])
+    async def _search_together(self, batch: list[SearchRequest]) -> None:
+        queries = [query for request in batch for query in request.queries]
+        search = asyncio.to_thread(self.retriever.search, queries, batch[0].k)
+        # An error comes back as the result, also a panic of tantivy, which is not an Exception.
         (results,) = await asyncio.gather(search, return_exceptions=True)
-        if isinstance(results, BaseException) and len(requests) > 1:
-            for request in requests:  # one is to blame, the others shall have their answers
-                await self._search_together([request], k)
-        elif isinstance(results, BaseException):
-            requests[0][1].set_exception(results)
-        else:
-            rest = iter(results)
-            for queries, future in requests:
-                future.set_result(list(islice(rest, len(queries))))
+        if isinstance(results, list) and len(results) == len(queries):
+            remaining = iter(results)
+            for request in batch:
+                request.results.set_result(list(islice(remaining, len(request.queries))))
+        elif len(batch) == 1:
+            batch[0].results.set_exception(RuntimeError(f"the search gave {results!r:.200}"))
+        else:  # one request is at fault; the others get their passages
+            for request in batch:
+                await self._search_together([request])
+
+
+def parse_request(body: bytes) -> SearchRequest:
+    """The request in a body of any protocol; raises ValueError with the reason."""
+    try:
+        fields = json.loads(body)
+        queries = fields["queries"]
+        k = fields.get("k", fields.get("topk"))
+        return_scores = bool(fields.get("return_scores"))
+    except MALFORMED as error:
+        raise ValueError(f'expected {{"queries": [..], "k": ..}}, got {error!r:.200}') from None
+    if k is None:
+        k = 3
+    if not isinstance(queries, list) or not all(isinstance(query, str) for query in queries):
+        raise ValueError("queries: expected a list of strings")
+    if type(k) is not int or k < 1:
+        raise ValueError("k: expected a whole number of at least 1")
+    if len(queries) * k > MAX_PASSAGES:
+        raise ValueError(f"queries times k: expected at most {MAX_PASSAGES}")
+    return SearchRequest(queries, k, return_scores)
+
+
+def format_answer(path: str, results: list[list[Passage]], return_scores: bool) -> dict:
+    """The body of an answer in the protocol of the path."""
+    if path == "/queries":
+        return {"answers": [format_lines(passages) for passages in results]}
+    if path == "/retrieve":
+        return {"result": [format_documents(passages, return_scores) for passages in results]}
+    return {"results": results}
+
+
+def format_lines(passages: list[Passage]) -> list[str]:
+    return [f"{n}\t{passage['title']}   {passage['text']}" for n, passage in enumerate(passages)]
+
+
+def format_documents(passages: list[Passage], return_scores: bool) -> list[dict]:
+    hits = []
+    for passage in passages:
+        contents = f'"{passage["title"]}"\n{passage["text"]}'
+        hit = {
+            "document": {"id": passage["id"], "contents": contents},
+            "score": passage.get("score"),
+        }
+        hits.append(hit if return_scores else hit["document"])
+    return hits
 
 
 def make_app(batcher: Batcher):
-    """POST /search, /queries and /retrieve (SHAPES); GET /health: the process runs, /ready: the index is open."""
-    from pydantic import AliasChoices, BaseModel, Field, ValidationError
+    """The Starlette application. A refusal is a status and its reason in plain text."""
     from starlette.applications import Starlette
-    from starlette.requests import Request
+    from starlette.exceptions import HTTPException
+    from starlette.requests import ClientDisconnect, Request
     from starlette.responses import JSONResponse
     from starlette.routing import Route
 
-    class Body(BaseModel):
-        queries: list[str] = Field(max_length=MAX_QUERIES)
-        k: int | None = Field(None, ge=1, le=MAX_K, validation_alias=AliasChoices("k", "topk"))
-        return_scores: bool = False
+    def require_index() -> None:
+        if batcher.retriever is None:
+            raise HTTPException(503, "the index is still being opened")
 
-    def refuse(status: int, reason: str) -> JSONResponse:
-        return JSONResponse({"detail": reason}, status)
+    async def search(http_request: Request) -> JSONResponse:
+        try:
+            request = parse_request(await http_request.body())
+        except (ValueError, ClientDisconnect) as error:
+            raise HTTPException(422, str(error)) from None
+        require_index()
+        try:
+            results = await batcher.search(request)
+        except RuntimeError as error:
+            raise HTTPException(500, str(error)) from None
+        path = http_request.scope["path"]
+        return JSONResponse(format_answer(path, results, request.return_scores))
 
-    async def answer(request: Request) -> JSONResponse:
-        body = bytearray()
-        try:
-            async with asyncio.timeout(MAX_SECONDS):  # a client that stalls must not keep the server from stopping
-                async for chunk in request.stream():
-                    body += chunk
-                    if len(body) > MAX_BODY:
-                        return refuse(413, f"a request may have {MAX_BODY} bytes")
-        except TimeoutError:
-            return refuse(408, f"a request must be here within {MAX_SECONDS} s")
-        if batcher.retriever is None or batcher.waiting.qsize() >= MAX_WAITING:
-            return refuse(503, "the index is still being opened" if batcher.retriever is None else "too many requests wait")
-        try:
-            asked = Body.model_validate_json(bytes(body))
-        except ValidationError as error:
-            return refuse(422, "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()))
-        try:
-            results = await batcher.search(asked.queries, asked.k or 3)
-        except Exception as error:
-            return refuse(500, f"{type(error).__name__}: {error}")
-        return JSONResponse(SHAPES[request.url.path].answer(results, asked.return_scores))
-
-    async def health(request: Request) -> JSONResponse:
+    async def health(http_request: Request) -> JSONResponse:
         return JSONResponse({"status": "ok"})
 
-    async def ready(request: Request) -> JSONResponse:
-        return refuse(503, "the index is still being opened") if batcher.retriever is None else await health(request)
+    async def ready(http_request: Request) -> JSONResponse:
+        require_index()
+        return JSONResponse({"status": "ok"})
 
-    @asynccontextmanager
-    async def lifespan(app):
-        task = asyncio.create_task(batcher.run())
-        yield
-        task.cancel()
-
-    asked = [Route(path, answer, methods=["POST"]) for path in SHAPES]
-    return Starlette(routes=[*asked, Route("/health", health), Route("/ready", ready)], lifespan=lifespan)
+    routes = [Route("/health", health), Route("/ready", ready)]
+    for path in ("/search", "/queries", "/retrieve"):
+        routes.append(Route(path, search, methods=["POST"]))
+    return Starlette(routes=routes, max_body_size=MAX_BODY_BYTES)
 
 
-def impatient_http():
-    """uvicorn's HTTP over h11, which takes heads of up to 64 KiB, with a bound on their time too."""
-    import h11
-    from uvicorn.protocols.http.h11_impl import H11Protocol
+def run_server(open_source: Callable[[], Retriever], host: str, port: int) -> None:
+    """Answer until SIGTERM or Ctrl-C, then the requests that were received until then.
 
-    class Protocol(H11Protocol):
-        timer: asyncio.TimerHandle | None = None  # runs while a request's head is awaited
-
-        def watch(self, awaited: bool) -> None:
-            if self.timer and not awaited:
-                self.timer = self.timer.cancel()
-            elif awaited and not self.timer:
-                self.timer = self.loop.call_later(MAX_SECONDS, self.transport.close)
-
-        def connection_made(self, transport):
-            super().connection_made(transport)
-            self.watch(True)
-
-        def data_received(self, data):
-            super().data_received(data)
-            self.watch(self.conn.their_state is h11.IDLE)
-
-        def connection_lost(self, error):
-            super().connection_lost(error)
-            self.watch(False)
-
-    return Protocol
-
-
-def serve(open_source: Callable[[], Retriever], host: str, port: int) -> None:
-    """Answer until SIGTERM or Ctrl-C; requests that were received by then are still answered."""
+    Raises:
+        OSError: the port is taken; and whatever `open_source` raises.
+    """
     import uvicorn
 
-    listener = socket.create_server((host, port), backlog=1024)
-    batcher, failures = Batcher(), []
-    server = uvicorn.Server(uvicorn.Config(make_app(batcher), http=impatient_http(), log_level="warning", access_log=False))
+    listener = socket.create_server((host, port), backlog=MAX_CONNECTIONS)
+    batcher = Batcher()
+    failures = []
+    config = uvicorn.Config(
+        make_app(batcher),
+        http="h11",  # bounds the head of a request, to 64 KiB
+        limit_concurrency=MAX_CONNECTIONS,
+        timeout_graceful_shutdown=SHUTDOWN_SECONDS,
+        log_level="warning",
+        access_log=False,
+    )
+    server = uvicorn.Server(config)
 
     def load() -> None:
         try:
@@ -162,45 +195,51 @@ def serve(open_source: Callable[[], Retriever], host: str, port: int) -> None:
             failures.append(error)
             server.should_exit = True
 
-    for number in (signal.SIGTERM, signal.SIGINT):  # until uvicorn handles them, and when it raises them again at its end
-        signal.signal(number, lambda *_: setattr(server, "should_exit", True))
-    threading.Thread(target=load, daemon=True).start()
+    for number in (signal.SIGTERM, signal.SIGINT):  # uvicorn itself handles them a little later
+        signal.signal(number, server.handle_exit)
+    Thread(target=load, daemon=True).start()  # a daemon: a signal ends the process meanwhile too
     server.run(sockets=[listener])
-    for failure in failures:
-        raise failure
+    if failures:
+        raise failures[0]
     print(f"stopped: {batcher.answered} requests answered", flush=True)
 
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--index", required=True, help="anything that --retriever takes, or web:PROVIDER[:REQUESTS_PER_SECOND]"
-    )
-    parser.add_argument("--corpus", help="of an index folder: where its passages are now, if they moved")
-    parser.add_argument("--backend", choices=("auto", "rank-bm25", "tantivy"), default="auto", help="of a passage file")
-    parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default 127.0.0.1)")
-    parser.add_argument("--port", type=int, default=8000, help="0: any that is free (default 8000)")
-    args = parser.parse_args(argv)
-    if not 0 <= args.port < 65536:
-        parser.error("--port: 0 to 65535")
-    return args
+def serve(
+    index: str | None = None,
+    web: Literal["serper", "brave"] | None = None,
+    rate: float | None = None,
+    corpus: str | None = None,
+    backend: Literal["auto", "rank-bm25", "tantivy"] = "auto",
+    host: str = "127.0.0.1",
+    port: int = 8000,
+) -> None:
+    """Serve an index or a web search engine.
 
+    Args:
+        index: A passage file, an index folder or the URL of another search server.
+        web: A web search engine instead; its key comes from the environment.
+        rate: Requests a second to the web search engine; by default those of its smallest plan.
+        corpus: Where the passages of an index folder are, if they moved.
+        backend: Search engine of a passage file.
+        host: Address to listen on.
+        port: Port to listen on; 0 takes a free one.
+    """
+    if (index is None) == (web is None):
+        raise ValueError("give either --index or --web")
+    if not 0 <= port < 65536:
+        raise ValueError(f"--port {port}: expected 0 to 65535")
 
-def open_source(args: argparse.Namespace) -> Retriever:
-    if not args.index.startswith("web:"):
-        return open_retriever(args.index, args.backend, args.corpus)
-    from tools.web_search import Web
+    def open_source() -> Retriever:
+        return WebSearch(web, rate) if web else open_retriever(index, backend, corpus)
 
-    provider, _, rate = args.index.removeprefix("web:").partition(":")
-    if rate and not (rate.isdigit() and int(rate)):
-        raise ValueError(f"{args.index}: {rate!r} is not a number of requests per second")
-    return Web(provider, int(rate) if rate else None)
+    run_server(open_source, host, port)
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_arguments(argv)
+    import tyro
+
     with user_errors("search_server.py"):
-        serve(lambda: open_source(args), args.host, args.port)
+        tyro.cli(serve, args=argv, description=__doc__, use_underscores=True)
 
 
 if __name__ == "__main__":

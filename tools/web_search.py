@@ -1,4 +1,4 @@
-"""Web search as a retriever, for tools/search_server.py."""
+"""Web search as a retriever, for tools/search_server.py: title and snippet of each hit."""
 
 import html
 import json
@@ -6,89 +6,113 @@ import os
 import sqlite3
 import threading
 import time
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
-from records import Passage, clean, parse_passage, whole
-from retriever import fetch, shape_of
+from records import Passage, parse_passage, replace_surrogates, reraise_corrupt
+from retriever import expected_shape, fetch_json
 
-
-class Provider(NamedTuple):
-    url: str
-    key: str  # the environment variable that holds it
-    rate: float  # requests per second, of the smallest plan
-    ask: Callable[[str, int, str], dict]  # (query, k, key) to what requests sends
-    read: Callable[[dict], list[tuple]]  # answer to (address, title, snippet) of each hit
+# A search engine takes about a second to answer: requests overlap to make use of the rate.
+MAX_CONCURRENT_REQUESTS = 32
 
 
-PROVIDERS = {
-    "serper": Provider(  # Google's results
-        "https://google.serper.dev/search",
-        "SERPER_API_KEY",
-        5,
-        lambda query, k, key: {"method": "POST", "json": {"q": query, "num": k}, "headers": {"X-API-KEY": key}},
-        lambda answer: [(hit["link"], hit["title"], hit.get("snippet", "")) for hit in answer.get("organic", [])],
-    ),
-    "brave": Provider(  # takes 400 characters, 50 words, and gives 20 hits at most
-        "https://api.search.brave.com/res/v1/web/search",
-        "BRAVE_API_KEY",
-        1,
-        lambda query, k, key: {
-            "method": "GET",
-            "params": {"q": " ".join(query.split()[:50])[:400], "count": min(k, 20), "text_decorations": "false"},
-            "headers": {"X-Subscription-Token": key},
-        },
-        lambda answer: [(h["url"], h["title"], h.get("description", "")) for h in answer.get("web", {}).get("results", [])],
-    ),
-}
+class Serper:
+    """Google's results, by serper.dev."""
+
+    url = "https://google.serper.dev/search"
+    key_variable = "SERPER_API_KEY"
+    rate = 5.0  # requests a second that the smallest plan allows
+
+    def search(self, query: str, k: int, key: str) -> list[Passage]:
+        body = {"q": query, "num": k}
+        answer = fetch_json("POST", self.url, headers={"X-API-KEY": key}, json=body)
+        with expected_shape(self.url):
+            hits = answer.get("organic", [])
+            return [make_passage(hit["link"], hit["title"], hit.get("snippet")) for hit in hits]
 
 
-class Web:
-    """A web search engine: title and snippet of each hit, as a passage. What was asked once is answered from disk.
+class Brave:
+    """Brave's own results; a query has at most 50 words and 400 characters, an answer 20 hits."""
+
+    url = "https://api.search.brave.com/res/v1/web/search"
+    key_variable = "BRAVE_API_KEY"
+    rate = 1.0
+
+    def search(self, query: str, k: int, key: str) -> list[Passage]:
+        query = " ".join(query.split()[:50])[:400]
+        fields = {"q": query, "count": str(min(k, 20)), "text_decorations": "false"}
+        headers = {"X-Subscription-Token": key}
+        answer = fetch_json("GET", self.url, headers=headers, fields=fields)
+        with expected_shape(self.url):
+            hits = answer.get("web", {}).get("results", [])
+            return [make_passage(hit["url"], hit["title"], hit.get("description")) for hit in hits]
+
+
+PROVIDERS = {"serper": Serper, "brave": Brave}
+
+
+def make_passage(address: str, title: str, snippet: str | None) -> Passage:
+    """A hit as a passage: plain text on one line."""
+    title = html.unescape(" ".join(title.split()))
+    text = html.unescape(" ".join((snippet or "").split()))
+    return parse_passage({"id": address, "title": title, "text": text})
+
+
+class WebSearch:
+    """A web search engine. What was asked once is answered from disk, also in another process.
 
     Args:
         provider: a name in PROVIDERS; its key comes from the environment.
-        rate: requests per second at most; by default the provider's.
-        cache: SQLite file.
-        url: instead of the provider's own.
+        rate: requests a second at most; by default the provider's.
+        cache: SQLite file, by default ~/.cache/nanosearcher/web.sqlite.
+
+    Raises:
+        ValueError: no key, no rate above 0, or a damaged cache.
     """
 
-    def __init__(self, provider: str, rate: float | None = None, cache: Path | None = None, url: str | None = None):
-        import requests
-
-        if provider not in PROVIDERS:
-            raise ValueError(f"web:{provider}: the providers are {', '.join(PROVIDERS)}")
-        self.name, self.provider, self.url = provider, PROVIDERS[provider], url or PROVIDERS[provider].url
-        if not os.environ.get(self.provider.key):
-            raise ValueError(f"web:{provider}: set {self.provider.key} in the environment")
-        self.interval, self.free_at = 1 / (rate or self.provider.rate), 0.0  # seconds; on time.monotonic's clock
-        self.session, self._lock = requests.Session(), threading.Lock()
+    def __init__(self, provider: str, rate: float | None = None, cache: Path | None = None):
+        self.name = provider
+        self.provider = PROVIDERS[provider]()
+        self.key = os.environ.get(self.provider.key_variable)
+        if not self.key:
+            raise ValueError(f"{provider}: set {self.provider.key_variable} in the environment")
+        if rate is not None and not rate > 0:
+            raise ValueError(f"a rate of {rate} requests a second: expected more than 0")
+        self.seconds_between_requests = 1 / (rate or self.provider.rate)
+        self.next_request = 0.0  # on the clock of time.monotonic
+        self.pool = ThreadPoolExecutor(MAX_CONCURRENT_REQUESTS, "web")
+        self.lock = threading.Lock()
         cache = cache or Path.home() / ".cache" / "nanosearcher" / "web.sqlite"
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with whole(cache):
-            self.db = sqlite3.connect(cache, timeout=60, check_same_thread=False, isolation_level=None)
-            self.db.execute("CREATE TABLE IF NOT EXISTS hits (provider, query, k, hits, PRIMARY KEY (provider, query, k))")
+        with reraise_corrupt(cache, "remove it"):
+            self.database = sqlite3.connect(
+                cache, timeout=60, check_same_thread=False, isolation_level=None
+            )
+            self.database.execute(
+                "CREATE TABLE IF NOT EXISTS hits"
+                " (provider, query, k, hits, PRIMARY KEY (provider, query, k))"
+            )
 
     def search(self, queries: list[str], k: int) -> list[list[Passage]]:
-        """The first k hits of each query; errors as in `Remote.search`."""
-        return [self._search_one(clean(query), k) for query in queries]
-
-    def _take_turn(self) -> None:
-        with self._lock:
-            self.free_at = mine = max(self.free_at + self.interval, time.monotonic())
-        time.sleep(max(0.0, mine - time.monotonic()))
+        """The first k hits of each query; raises RuntimeError if the provider does not answer."""
+        queries = [replace_surrogates(query) for query in queries]
+        return list(self.pool.map(lambda query: self._search_one(query, k), queries))
 
     def _search_one(self, query: str, k: int) -> list[Passage]:
-        key = (self.name, query, k)
-        with self._lock:
-            row = self.db.execute("SELECT hits FROM hits WHERE (provider, query, k) = (?, ?, ?)", key).fetchone()
-        if row is None:
-            request = self.provider.ask(query, k, os.environ[self.provider.key])
-            answer = fetch(self.session, url=self.url, turn=self._take_turn, **request)
-            with shape_of(self.url):
-                hits = [[html.unescape(" ".join(str(part).split())) for part in hit] for hit in self.provider.read(answer)]
-            row = (json.dumps([dict(zip(("id", "title", "text"), hit, strict=True)) for hit in hits]),)
-            with self._lock:
-                self.db.execute("INSERT OR REPLACE INTO hits VALUES (?, ?, ?, ?)", key + row)
-        return [parse_passage(hit) for hit in json.loads(row[0])][:k]
+        select = "SELECT hits FROM hits WHERE provider = ? AND query = ? AND k = ?"
+        with self.lock:
+            row = self.database.execute(select, (self.name, query, k)).fetchone()
+        if row:
+            return json.loads(row[0])[:k]
+        self._wait_for_turn()
+        passages = self.provider.search(query, k, self.key)
+        insert = "INSERT OR REPLACE INTO hits VALUES (?, ?, ?, ?)"
+        with self.lock:
+            self.database.execute(insert, (self.name, query, k, json.dumps(passages)))
+        return passages[:k]
+
+    def _wait_for_turn(self) -> None:
+        with self.lock:
+            turn = max(self.next_request, time.monotonic())
+            self.next_request = turn + self.seconds_between_requests
+        time.sleep(max(0.0, turn - time.monotonic()))

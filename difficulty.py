@@ -1,0 +1,148 @@
+"""How hard a question is: the number of rollouts that a model needs until its first right answer.
+
+The paper draws its training sets by this number. `data_prep.py difficulty` measures it; all
+questions share one continuous batch, each with one rollout at a time.
+"""
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tqdm import tqdm
+
+from engine import ENGINES
+from records import (
+    Journal,
+    fingerprint,
+    read_questions,
+    refuse_to_overwrite,
+    reraise_corrupt,
+    write_jsonl,
+)
+from retriever import open_retriever
+from reward import METRICS, TAGS, load_prompt, score_episode
+from rollout import Episode, Limits, Rollout, derive_seed, open_rollout
+
+
+@dataclass(frozen=True)
+class DifficultyOptions:
+    """Options of `data_prep.py difficulty`, all but --out."""
+
+    questions: Path  # question file (JSONL)
+    model: str  # Hugging Face folder (paper: Qwen2.5-7B-Instruct)
+    retriever: str  # passage file (JSONL), index folder or search server URL
+    max_rollouts: int = 20  # give a question up after so many; 20 tell that it is hard
+    # the metric that is 1 for a right answer; acc_r is the authors': each of their 350 stage-1
+    # questions has a right one by acc_r among its 10 published answers, by em or f1 264 have
+    right: Literal[tuple(METRICS)] = "acc_r"
+    prompt_file: str = "chat"  # base, chat, demo, or a text file with {question} in it
+    engine: Literal[ENGINES] = "vllm"  # inference engine
+    gpu_memory_utilization: float = 0.9  # the engine's share of the GPU
+    seed: int = 0  # of the sampling
+    limits: Annotated[Limits, tyro.conf.arg(name="")] = field(default_factory=Limits)
+
+
+def level(rollouts: int, solved: bool) -> str:
+    """The paper's levels; a question that was given up too early to tell is "undecided"."""
+    if not solved:
+        return "hard" if rollouts >= 20 else "undecided"
+    if rollouts < 10:
+        return "easy"
+    return "medium" if rollouts <= 20 else "hard"
+
+
+def roll_out_until_right(
+    rollout: Rollout,
+    encode: Callable[[str], list[int]],
+    questions: list[dict],
+    verdicts: dict[str, list[bool]],
+    max_rollouts: int,
+    right: str,
+    seed: int,
+) -> Iterator[tuple[str, bool]]:
+    """Roll every question out until its first right answer or `max_rollouts`.
+
+    Args:
+        verdicts: by question id, whether each rollout so far was right; grows.
+        right: name of the metric that is 1 for a right answer.
+    Yields:
+        After each rollout, the question's id and whether the answer was right.
+
+    Raises:
+        RuntimeError: a search failed; without documents any question would seem hard.
+    """
+    numbers = {question["id"]: number for number, question in enumerate(questions)}
+    waiting = deque(questions)
+
+    def next_episodes() -> Iterator[Episode | None]:
+        while True:
+            if not waiting:
+                yield None  # questions in rollouts that are under way may come back
+                continue
+            question = waiting.popleft()
+            done = verdicts[question["id"]]
+            if True in done or len(done) >= max_rollouts:
+                continue  # the question is finished and leaves its place to the next one
+            episode_seed = derive_seed(seed, numbers[question["id"]], len(done))
+            yield Episode(question, encode(question["question"]), seed=episode_seed)
+
+    for episode in rollout.run(next_episodes()):
+        if episode.search_failures:
+            raise RuntimeError(
+                f"a search failed, {rollout.search_error}; the same command goes on from here"
+            )
+        question = episode.question
+        scores = score_episode(episode.segments, len(episode.queries), question["answers"])
+        is_right = scores[right] == 1
+        verdicts[question["id"]].append(is_right)
+        waiting.append(question)  # behind all questions that have had fewer rollouts
+        yield question["id"], is_right
+
+
+def make_difficulty(
+    options: Annotated[DifficultyOptions, tyro.conf.arg(name="")], out: Path
+) -> None:
+    """Write the questions with `rollouts` and `solved`; a killed call goes on where it was.
+
+    Args:
+        out: question file to write
+    """
+    refuse_to_overwrite(out)
+    if options.max_rollouts < 1:
+        raise ValueError("--max_rollouts must be at least 1")
+    questions = read_questions(options.questions)
+    rollout, encode = open_rollout(
+        options.model,
+        open_retriever(options.retriever).search,
+        TAGS,
+        load_prompt(options.prompt_file),
+        options.limits,
+        options.engine,
+        options.gpu_memory_utilization,
+    )
+    settings = asdict(options) | {"questions": fingerprint(options.questions)}
+    del settings["gpu_memory_utilization"]  # no rollout depends on it
+    # The journal is opened last, so that a call with a wrong option leaves none behind.
+    journal = Journal(out.with_name(out.name + ".progress"), settings)
+    verdicts = {question["id"]: [] for question in questions}
+    with reraise_corrupt(journal.path, "remove it to begin again"):
+        for name, is_right in journal.records:
+            verdicts[name].append(is_right)
+    rollouts = roll_out_until_right(
+        rollout, encode, questions, verdicts, options.max_rollouts, options.right, options.seed
+    )
+    at_most = len(questions) * options.max_rollouts
+    for name, is_right in tqdm(
+        rollouts, desc="at most", total=at_most, initial=len(journal.records)
+    ):
+        journal.append([name, is_right])
+    for question in questions:
+        question["rollouts"] = len(verdicts[question["id"]])
+        question["solved"] = True in verdicts[question["id"]]
+    write_jsonl(out, questions)
+    journal.remove()
+    levels = Counter(level(question["rollouts"], question["solved"]) for question in questions)
+    print(f"{out}: " + ", ".join(f"{count} {name}" for name, count in levels.items()))

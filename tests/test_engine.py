@@ -1,0 +1,120 @@
+"""Both engines, the real vLLM among them: what they sample, report and take as weights."""
+
+import pytest
+import torch
+from test_rollout import HOSTILE, consistent
+from transformers import AutoModelForCausalLM
+
+from engine import TransformersEngine, VLLMEngine
+from reward import TAGS
+from rollout import Episode, Limits, Rollout, derive_seed
+
+
+def hostile_passages(queries, k):
+    return [[{"title": "T", "text": HOSTILE}] for _ in queries]
+
+
+def run_all(engine, tokenizer, temperature, count=6):
+    limits = Limits(max_context=400, max_turn_tokens=64, max_searches=3, temperature=temperature)
+    rollout = Rollout(engine, tokenizer, hostile_passages, TAGS, limits, deterministic=True)
+    prompts = [tokenizer.encode(f"Question: who is {i}?\n<think>") for i in range(count)]
+    episodes = [Episode({}, ids, seed=derive_seed(0, i)) for i, ids in enumerate(prompts)]
+    assert len(list(rollout.run(episodes))) == count
+    return episodes
+
+
+def sampled_log_probs(episode, model, temperature=1.0):
+    """(by the model in fp32, by the engine) for every sampled token."""
+    logits = model(torch.tensor([episode.token_ids])).logits[0] / temperature
+    by_model = logits.log_softmax(-1)
+    pairs = []
+    for t, acted in enumerate(episode.action_mask):
+        if acted:
+            expected = by_model[t - 1, episode.token_ids[t]].item()
+            pairs.append((expected, episode.log_probs[t]))
+    assert pairs
+    return pairs
+
+
+def same(pairs, tolerance=1e-3):
+    return all(abs(expected - reported) < tolerance for expected, reported in pairs)
+
+
+@pytest.fixture(scope="module")
+def vllm_engine(model_folder):
+    return VLLMEngine(model_folder, max_context=400, dtype="float32")
+
+
+def test_vllm_trains_on_what_it_sampled(vllm_engine, tokenizer):
+    """What goes back to the engine at a turn boundary is what it sampled and what was injected."""
+    submitted, completed = {}, {}
+    submit, step = vllm_engine.submit, vllm_engine.step
+
+    class Recorder:
+        def submit(self, key, token_ids, **options):
+            submitted[key] = list(token_ids)
+            submit(key, token_ids, **options)
+
+        def step(self):
+            completions = step()
+            completed.update({c.key: c for c in completions})
+            return completions
+
+    episodes = run_all(Recorder(), tokenizer, temperature=1.0)
+    assert any(e.queries for e in episodes)
+    for episode in episodes:
+        consistent(episode, tokenizer)
+        turns = [key for key, ids in submitted.items() if episode.token_ids[: len(ids)] == ids]
+        for key in turns:
+            start, sampled = len(submitted[key]), completed[key].token_ids
+            assert episode.token_ids[start : start + len(sampled)] == sampled
+            assert all(episode.action_mask[start : start + len(sampled)])
+            assert episode.log_probs[start : start + len(sampled)] == completed[key].log_probs
+        assert sum(len(completed[key].token_ids) for key in turns) == sum(episode.action_mask)
+
+
+def test_vllm_repeats_itself(vllm_engine, tokenizer):
+    first = run_all(vllm_engine, tokenizer, temperature=1.0)
+    vllm_engine.llm.reset_prefix_cache()
+    second = run_all(vllm_engine, tokenizer, temperature=1.0)
+    assert [e.token_ids for e in first] == [e.token_ids for e in second]
+    assert len({tuple(e.token_ids[len(e.prompt_ids) :]) for e in first}) > 1
+
+
+def test_the_two_engines_agree(vllm_engine, tokenizer, model_folder):
+    """Greedy, fp32: the same ids; and log-probabilities after temperature of the same sampled ids."""
+    ours = run_all(TransformersEngine(model_folder), tokenizer, temperature=0)
+    theirs = run_all(vllm_engine, tokenizer, temperature=0)
+    assert [e.token_ids for e in ours] == [e.token_ids for e in theirs]
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.log_probs == pytest.approx(b.log_probs, abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["vllm", "transformers"])
+def test_log_probs_are_those_of_the_model_after_temperature(
+    kind, vllm_engine, tokenizer, model_folder
+):
+    engine = vllm_engine if kind == "vllm" else TransformersEngine(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    for episode in run_all(engine, tokenizer, temperature=0.7, count=2):
+        assert same(sampled_log_probs(episode, model, temperature=0.7))
+
+
+@pytest.mark.parametrize("kind", ["vllm", "transformers"])
+def test_the_engine_follows_the_trainers_weights(kind, vllm_engine, tokenizer, model_folder):
+    """After a sync it samples from the new weights from the first token on, and back again."""
+    engine = vllm_engine if kind == "vllm" else TransformersEngine(model_folder)
+    before = run_all(engine, tokenizer, temperature=0)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    old = {name: p.detach().clone() for name, p in model.named_parameters()}
+    torch.manual_seed(1)
+    new = {name: p + 0.05 * torch.randn_like(p) for name, p in old.items()}
+    engine.load_weights(new.items())
+    model.load_state_dict(new, strict=False)
+    after = run_all(engine, tokenizer, temperature=0)
+    assert [e.token_ids for e in before] != [e.token_ids for e in after]
+    for episode in after:
+        assert same(sampled_log_probs(episode, model))
+    engine.load_weights(old.items())
+    again = run_all(engine, tokenizer, temperature=0)
+    assert [e.token_ids for e in again] == [e.token_ids for e in before]

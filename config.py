@@ -35,9 +35,7 @@ class Config:
     algorithm: Literal[tuple(ALGORITHMS)] = "reinforce++"  # advantage estimator (reinforce_pp.py)
     learning_rate: float = 2e-6  # of AdamW, constant (paper, section 3.3)
     kl_coef: float = 0.0  # beta; above 0 a reference model is loaded (0 for Qwen, 1e-4 for Llama)
-    kl_mode: Literal["reward", "k2", "k3"] = (
-        "reward"  # KL as k1 in the reward, or as a k2 / k3 loss
-    )
+    kl_mode: Literal["reward", "k2", "k3"] = "reward"  # k1 in the reward, or k2 / k3 as a loss
     clip_eps: float = 0.2  # clip range of the ratio
     sampler_clip: float = 2.0  # sampler correction within [1/c, c]; 0 switches it off
     temperature: float = 1.0  # of sampling, applied to the trainer's logits too (paper)

@@ -24,7 +24,7 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
-from metrics import episode_record, format_cell, measure_by_dataset, table
+from metrics import JUDGE_PROMPT, episode_record, format_cell, measure_by_dataset, table, verdict
 from records import (
     MALFORMED,
     Journal,
@@ -40,14 +40,12 @@ from records import (
 )
 from retriever import open_retriever
 from reward import (
-    JUDGE_PROMPT,
     METRICS,
     TAGS,
     best,
     contiguous_match,
     load_prompt,
     score_episode,
-    verdict,
 )
 from rollout import Episode, Limits, Rollout, derive_seed, open_rollout
 

@@ -1,8 +1,9 @@
-"""Metrics over many episodes: records, means, 95 % intervals, and tables of them.
+"""Metrics over many episodes: records, means, 95 % intervals, tables, and the judge's verdict.
 
 Training logs `summarize` of its episodes; an evaluation reports `measure_by_dataset` of its own.
 """
 
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -120,3 +121,21 @@ def table(results: dict[str, dict]) -> str:
         padded = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
         lines.append("  ".join([name.ljust(widths[0]), *padded]))
     return "\n".join(lines)
+
+
+# ACC_L is the verdict of a language model on an answer (in the paper: GPT-4o-mini).
+JUDGE_PROMPT = """\
+A question was answered. Is the given answer right, that is, does it mean the same as one of the \
+accepted answers?
+
+Question: {question}
+Accepted answers: {answers}
+Given answer: {prediction}
+
+Reply with exactly one word, True or False."""
+
+
+def verdict(reply: str | None) -> bool | None:
+    """The judge's one word, True or False; None for any other reply."""
+    word = re.fullmatch(r"[\s\"'`*.]*(true|false)[\s\"'`*.]*", str(reply), re.IGNORECASE)
+    return None if word is None else word[1].lower() == "true"

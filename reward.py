@@ -238,24 +238,6 @@ def best(metric: Callable[[str, str], float], prediction: str, answers: list[str
     return max(metric(prediction, gold) for gold in answers)
 
 
-# ACC_L is the verdict of a language model on an answer (in the paper: GPT-4o-mini).
-JUDGE_PROMPT = """\
-A question was answered. Is the given answer right, that is, does it mean the same as one of the \
-accepted answers?
-
-Question: {question}
-Accepted answers: {answers}
-Given answer: {prediction}
-
-Reply with exactly one word, True or False."""
-
-
-def verdict(reply: str | None) -> bool | None:
-    """The judge's one word, True or False; None for any other reply."""
-    word = re.fullmatch(r"[\s\"'`*.]*(true|false)[\s\"'`*.]*", str(reply), re.IGNORECASE)
-    return None if word is None else word[1].lower() == "true"
-
-
 # --------------------------------------------------------------------------------------------------
 # Rewards. A reward takes the `Outcome` of an episode; `REWARDS` names it for --reward.
 

@@ -82,7 +82,7 @@ def test_vllm_repeats_itself(vllm_engine, tokenizer):
 
 
 def test_the_two_engines_agree(vllm_engine, tokenizer, model_folder):
-    """Greedy, fp32: the same ids; and log-probabilities after temperature of the same sampled ids."""
+    """Greedy, fp32: the same ids and the same log-probabilities."""
     ours = run_all(TransformersEngine(model_folder), tokenizer, temperature=0)
     theirs = run_all(vllm_engine, tokenizer, temperature=0)
     assert [e.token_ids for e in ours] == [e.token_ids for e in theirs]

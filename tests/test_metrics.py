@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from metrics import measure, measure_by_dataset, record_metrics, summarize, table
+from metrics import measure, measure_by_dataset, record_metrics, summarize, table, verdict
 from reward import score_episode
 
 
@@ -90,3 +90,22 @@ def test_results_without_intervals_make_a_table():
     for result in results.values():
         del result["intervals"], result["search_failed_rate"]
     assert len(table(results).splitlines()) == 4 and "search_failed_rate" not in table(results)
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        ("True", True),
+        ("false", False),
+        (' "True".\n', True),
+        ("**False**", False),
+        ("not True", None),
+        ("TrueFalse", None),
+        ("True False", None),
+        ("Yes", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_a_verdict_is_one_word(reply, said):
+    assert verdict(reply) is said

@@ -18,16 +18,23 @@ from tools import report, search_server
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
-COMMANDS = [line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()]
+COMMANDS = [
+    line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()
+]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_parses(command, monkeypatch, model_folder):
     monkeypatch.setattr(train.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(train.Path, "is_file", lambda self: True)  # a model folder of a run that is not here
+    monkeypatch.setattr(
+        train.Path, "is_file", lambda self: True
+    )  # a model folder of a run that is not here
     words = shlex.split(command)
     if words[0] == "make":
-        assert subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True).returncode == 0
+        assert (
+            subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True).returncode
+            == 0
+        )
         return
     script = next(i for i, word in enumerate(words) if word.endswith(".py"))
     if words[0] == "torchrun":
@@ -48,13 +55,25 @@ def test_every_command_parses(command, monkeypatch, model_folder):
 
 def test_the_demo_evaluates_with_the_limits_it_trains_with():
     """They stand in the preset and in the Makefile; in the official code training and evaluation drifted apart."""
-    lines = subprocess.run(["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True).stdout.splitlines()
+    lines = subprocess.run(
+        ["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True
+    ).stdout.splitlines()
     commands = [shlex.split(line)[2:] for line in lines if "evaluate.py run" in line]
     assert len(commands) == 3
     for command in commands:
         args = evaluate.parse_arguments(command)
-        for name in ("documents_per_search", "max_searches", "max_turn_tokens", "max_context", "prompt_file"):
-            assert getattr(args, name) == train.PRESETS["demo"][1][name] == train.PRESETS["demo"][2][name]
+        for name in (
+            "documents_per_search",
+            "max_searches",
+            "max_turn_tokens",
+            "max_context",
+            "prompt_file",
+        ):
+            assert (
+                getattr(args, name)
+                == train.PRESETS["demo"][1][name]
+                == train.PRESETS["demo"][2][name]
+            )
 
 
 def test_there_are_commands():
@@ -76,7 +95,9 @@ SCRIPTS += [f"benchmarks/{name}.py" for name in BENCHMARKS.split()]
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script):
-    result = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True
+    )
     assert result.returncode == 0 and "usage" in result.stdout
 
 
@@ -88,9 +109,14 @@ def test_every_metric_is_defined(model_folder, tmp_path, monkeypatch):
     from tiny import make_world
 
     monkeypatch.chdir(tmp_path)
-    world = dataclasses.replace(make_world(tmp_path, model_folder), steps=1, eval_every=1, eval_questions="q.jsonl")
+    world = dataclasses.replace(
+        make_world(tmp_path, model_folder), steps=1, eval_every=1, eval_questions="q.jsonl"
+    )
     train.train(world, Path("run"), False, None)
-    logged = {re.sub(r"^eval_.*", "eval_...", name) for name in json.loads(Path("run/metrics.jsonl").read_text())}
+    logged = {
+        re.sub(r"^eval_.*", "eval_...", name)
+        for name in json.loads(Path("run/metrics.jsonl").read_text())
+    }
     logged = {re.sub(r"^failed_.*", "failed_RULE", name) for name in logged}
     section = README.split("## Metrics")[1].split("\n## ")[0]
     rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
@@ -98,7 +124,10 @@ def test_every_metric_is_defined(model_folder, tmp_path, monkeypatch):
 
 
 def test_the_demo_table_is_that_of_the_saved_run():
-    folders = [ROOT / "results" / "demo" / name for name in ("eval-untrained", "eval-stage1-8", "eval-stage2-24")]
+    folders = [
+        ROOT / "results" / "demo" / name
+        for name in ("eval-untrained", "eval-stage1-8", "eval-stage2-24")
+    ]
     table = evaluate.table(evaluate.read_results(folders))
     assert table in README and table in (ROOT / "RESULTS.md").read_text()
 

@@ -29,7 +29,7 @@ MASK = tensor(
 )  # two turns; one action
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Advantages
 
 
@@ -79,7 +79,7 @@ def test_eq_4_by_hand():
 
 @given(st.floats(-3, 3, allow_nan=False), st.integers(2, 16))
 def test_eq_4_equal_rewards_give_exactly_zero(reward, samples):
-    """Three times 0.1 do not average to 0.1; eps would blow the rounding up to a false advantage."""
+    """Three times 0.1 do not average to 0.1; eps would make a false advantage of the rounding."""
     rewards = torch.full((1, samples), reward, dtype=torch.double)
     assert centre(rewards).abs().max() == 0
     assert grpo(rewards, torch.ones(samples, 1), None, 0.0).abs().max() == 0
@@ -115,7 +115,7 @@ def test_inputs_are_not_mutated(algorithm):
     assert all(torch.equal(a, b) for a, b in zip(before, (rewards, mask, kl), strict=True))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Loss
 
 
@@ -150,7 +150,7 @@ def test_eq_7_by_hand():
     assert torch.allclose(loss, -tensor([1.5, 0.5, 2.0]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Log-probabilities and packing
 
 
@@ -203,7 +203,7 @@ def run_packed(model, rows):
     return log_probs.detach(), [p.grad.clone() for p in model.parameters()]
 
 
-# Token ids and action mask of a sequence. Few different tokens, so that common prefixes are frequent.
+# Token ids and action mask of a sequence; few different tokens make common prefixes frequent.
 SEQUENCES = st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=2, max_size=9)
 
 
@@ -248,7 +248,7 @@ def test_a_shared_row_computes_the_prefix_once():
     st.integers(50, 400),
 )
 def test_a_plan_holds_every_sequence_once_within_the_budget(drawn, budget):
-    """(question, length of its prompt, length of the rest); questions differ in their first token."""
+    """Drawn are (question, length of its prompt, length of the rest)."""
     sequences = {}
     for number, (question, prompt, rest) in enumerate(drawn):
         sequences[10 * number] = [question] * prompt + [100 + number] * rest
@@ -260,7 +260,7 @@ def test_a_plan_holds_every_sequence_once_within_the_budget(drawn, budget):
         for row in rows:
             packed.append([(sequences[i], [0] * len(sequences[i])) for i in row])
             # `pack` leaves the tokens after the last action out; with an action at the end:
-            packed[-1] = [(ids + [0], [0] * len(ids) + [1]) for ids, _ in packed[-1]]
+            packed[-1] = [([*ids, 0], [0] * len(ids) + [1]) for ids, _ in packed[-1]]
         computed = pack(packed)["input_ids"]
         is_one_sequence = len(rows) == 1 and len(rows[0]) == 1
         assert computed.numel() <= budget or is_one_sequence

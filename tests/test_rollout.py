@@ -36,7 +36,7 @@ def consistent(episode, tokenizer):
     return policy
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loop against a script
 
 
@@ -76,7 +76,7 @@ def test_retrieved_text_is_data(play, tokenizer, text):
 
 
 def test_documents_that_the_policy_writes_itself_are_its_actions(play, tokenizer):
-    """The mask is built as the episode grows: a mask found by searching for tags would leave these tokens out."""
+    """A mask found by searching for tags would leave these tokens out."""
     forged = " <|begin_of_documents|> (1)T   words <|end_of_documents|>"
     episode, _ = play([forged + TELL])
     assert sum(episode.action_mask) == len(
@@ -104,7 +104,9 @@ def test_every_way_an_episode_ends(play, tokenizer, script, limits, reason, sear
 
 
 def test_long_documents_are_cut_and_stay_closed(play, tokenizer):
-    search = lambda queries, k: [[{"title": "T", "text": "word " * 9999}] for _ in queries]  # noqa: E731
+    def search(queries, k):
+        return [[{"title": "T", "text": "word " * 9999}] for _ in queries]
+
     episode, _ = play([ASK, TELL], search=search, max_document_tokens=100)
     injected = sum(1 - acted for acted in episode.action_mask) - len(episode.prompt_ids)
     assert injected == 100 and episode.segments[2][1].endswith("\n<|end_of_documents|>")
@@ -148,7 +150,7 @@ def test_ready_queries_go_as_one_batch_and_decoding_goes_on_meanwhile(scripted, 
 def test_what_is_asked_while_the_retriever_is_busy_goes_together(
     scripted, tokenizer, deterministic
 ):
-    """A retriever that is down costs its time-out once for all that wait, not once for each engine step."""
+    """A retriever that is down costs its time-out once for all queries that wait."""
     busy, most, batches = [], [], []
 
     def search(queries, k):
@@ -171,7 +173,7 @@ def test_a_deterministic_rollout_hides_the_retrievers_latency_and_does_not_depen
     scripted, tokenizer
 ):
     def run(latency: list[float]) -> tuple[list[list[int]], int]:
-        """What the engine was given, in order, and for how many of its steps a search was under way."""
+        """The engine's inputs in order, and in how many of its steps a search was under way."""
         engine, delays, steps, under_way = scripted([ASK, ASK, TELL]), iter(latency), [], []
         finish = engine.step
 
@@ -220,7 +222,7 @@ def test_episodes_are_drawn_lazily(scripted, tokenizer):
 
 
 def test_an_episode_may_come_back_after_none(scripted, tokenizer):
-    """None is not the end: what is put in after an episode has finished runs too. Nothing but None is the end."""
+    """None is not the end: what comes after an episode has finished runs too."""
     waiting = ["a", "b"]
 
     def episodes():
@@ -246,7 +248,7 @@ def test_no_episode_is_lost_when_those_before_it_cannot_even_start(scripted, tok
     assert [e.finish_reason for e in finished] == ["length"] * 5 + ["answer"]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Text to ids
 
 
@@ -266,7 +268,7 @@ def test_prompts(tokenizer, name):
 
 
 def test_a_prompt_is_tokenised_as_running_text(tokenizer):
-    """The blank before the question belongs to its first word, as in text that the model was trained on."""
+    """The blank before the question belongs to its first word, as in the text of pretraining."""
     template = [("text", "Question: {question}\n<think>")]
     assert prompt_encoder(tokenizer, template)("Who directed") == tokenizer.encode(
         "Question: Who directed\n<think>"

@@ -1,0 +1,295 @@
+"""The run folder: resume bit for bit, damaged checkpoints, kills, full disks, one process a folder."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import command, equal_states, metrics_of, state_of, torchrun
+
+import checkpoint
+import train
+
+HERE = Path(__file__).parent
+
+
+def steps(config, count):
+    return dataclasses.replace(config, steps=count)
+
+
+def model_of(run) -> bytes:
+    return Path(run, "model/model.safetensors").read_bytes()
+
+
+def checkpoint_names(run="a") -> list[str]:
+    return sorted(path.name for path in Path(run, "checkpoints").iterdir())
+
+
+# --------------------------------------------------------------------------------------------------
+# Resume
+
+
+def test_two_identical_runs_give_identical_numbers_and_resume_continues_them(world, monkeypatch):
+    train.train(world, Path("a"))
+    train.train(world, Path("b"))
+    assert metrics_of("a") == metrics_of("b") and len(metrics_of("a")) == 3
+    assert any(row["grad_norm"] > 0 for row in metrics_of("a"))
+
+    train.train(steps(world, 1), Path("c"))
+    with open("c/metrics.jsonl", "a") as log:  # a step after the checkpoint, and a torn line
+        log.write('{"step": 2, "reward": 99}\n{"step": 3, "rew')
+    train.train(world, Path("c"), resume=True)
+    assert metrics_of("c") == metrics_of("a")
+    assert model_of("a") == model_of("c")
+
+    monkeypatch.setattr(train, "Sampler", None)  # a finished run ends at once
+    train.train(world, Path("a"), resume=True)
+
+
+def test_a_run_folder_is_never_overwritten(world):
+    train.train(steps(world, 1), Path("a"))
+    before = Path("a/metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="--resume"):
+        train.train(world, Path("a"))
+    with pytest.raises(ValueError, match=r"--clip_eps 0\.2, not 0\.5"):
+        train.train(dataclasses.replace(world, clip_eps=0.5), Path("a"), resume=True)
+    train.train(steps(world, 2), Path("a"), resume=True)
+    configuration = Path("a/config.json").read_bytes()
+    with pytest.raises(ValueError, match="past --steps 1"):
+        train.train(steps(world, 1), Path("a"), resume=True)
+    assert Path("a/config.json").read_bytes() == configuration
+    assert Path("a/metrics.jsonl").read_bytes().startswith(before)
+
+
+def test_a_damaged_configuration_is_named_and_the_run_left_alone(world):
+    Path("a/checkpoints").mkdir(parents=True)
+    Path("a/config.json").write_text('{"model":')
+    with pytest.raises(ValueError, match=r"^a/config\.json: damaged"):
+        train.train(world, Path("a"), resume=True)
+    assert Path("a/config.json").read_text() == '{"model":'
+
+
+def test_a_start_that_failed_does_not_occupy_the_folder(world):
+    with pytest.raises(FileNotFoundError):
+        train.train(dataclasses.replace(world, questions="nowhere.jsonl"), Path("a"))
+    train.train(steps(world, 1), Path("a"))
+    assert len(metrics_of("a")) == 1
+
+
+@pytest.mark.parametrize("file", ["q.jsonl", "p.txt"])
+def test_a_run_does_not_go_on_with_changed_questions_or_another_prompt(world, file):
+    train.train(steps(world, 1), Path("a"))
+    text = Path(file).read_text()
+    Path(file).write_text(text.replace("who is", "what is").replace("Question", "A question"))
+    with pytest.raises(ValueError, match=f"config.json: .*{file}.* has changed since this run"):
+        train.train(world, Path("a"), resume=True)
+    Path(file).write_text(text)
+    train.train(world, Path("a"), resume=True)
+
+
+def test_a_run_folder_takes_one_process_at_a_time(world):
+    run = checkpoint.RunFolder(Path("a"), world)
+    with run.lock(False), pytest.raises(ValueError, match="another process"):
+        train.train(steps(world, 1), Path("a"), resume=True)
+    assert metrics_of("a") == []
+    train.train(steps(world, 1), Path("a"), resume=True)
+
+
+def test_a_model_of_an_earlier_step_is_not_taken_for_that_of_the_last(world, monkeypatch):
+    """A run goes on past a finished one and is killed before its export."""
+    train.train(steps(world, 1), Path("a"))
+    old = model_of("a")
+
+    def die(*_):
+        raise SystemError
+
+    with monkeypatch.context() as patch, pytest.raises(SystemError):
+        patch.setattr(train, "export", die)
+        train.train(world, Path("a"), resume=True)
+    assert model_of("a") == old  # until there is another
+    train.train(world, Path("a"), resume=True)
+    assert model_of("a") != old
+    assert [path.name for path in Path("a").glob("model*")] == ["model"]
+
+
+# --------------------------------------------------------------------------------------------------
+# Damage
+
+
+def cut(folder: Path) -> None:
+    (shard,) = folder.glob("*.safetensors")
+    shard.write_bytes(shard.read_bytes()[:-7])
+
+
+def flip_a_bit(folder: Path) -> None:
+    (shard,) = folder.glob("*.safetensors")
+    data = bytearray(shard.read_bytes())
+    data[-7] ^= 1
+    shard.write_bytes(data)
+
+
+def change_the_progress(folder: Path) -> None:
+    file = folder / "progress.json"
+    file.write_text(file.read_text().replace('"updates": ', '"updates": 1'))
+
+
+def empty_the_progress(folder: Path) -> None:
+    (folder / "progress.json").write_text("null")
+
+
+def lose_a_shard(folder: Path) -> None:
+    next(folder.glob("*.safetensors")).unlink()
+
+
+DAMAGES = [cut, flip_a_bit, change_the_progress, empty_the_progress, lose_a_shard]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(world, capsys, damage):
+    train.train(world, Path("a"))
+    before, newest = checkpoint_names()  # the last two
+    assert before.startswith("step_000002-") and newest.startswith("step_000003-")
+    damage(Path("a/checkpoints", newest))
+    expected = metrics_of("a")
+    train.train(world, Path("a"), resume=True)
+    assert f"{newest} is damaged" in capsys.readouterr().err
+    assert metrics_of("a") == expected
+    steps_kept = [name[: len("step_000000")] for name in checkpoint_names()]
+    assert steps_kept == ["step_000002", "step_000003"]
+    found, _ = checkpoint.newest_checkpoint(Path("a/checkpoints"))
+    assert found.name.startswith("step_000003-")  # whole again
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_begun_anew(world):
+    """To begin anew would drop the log."""
+    train.train(world, Path("a"))
+    for folder in Path("a/checkpoints").iterdir():
+        cut(folder)
+    before = metrics_of("a"), checkpoint_names()
+    with pytest.raises(ValueError, match="no checkpoint there is whole"):
+        train.train(world, Path("a"), resume=True)
+    assert (metrics_of("a"), checkpoint_names()) == before
+
+
+def test_a_checkpoint_and_a_model_are_on_the_disk_before_they_have_names(world, monkeypatch):
+    """A power cut keeps what was flushed, and may keep names that were given later or not."""
+    flushed, fsync, rename = set(), os.fsync, Path.rename
+    renamed: list[str] = []
+
+    def watched_fsync(descriptor):
+        flushed.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def watched_rename(path, target):
+        if not target.name.endswith(".old"):
+            parts = [path, *path.iterdir()] if path.is_dir() else [path]
+            assert all(part.stat().st_ino in flushed for part in parts), target
+            renamed.append(target.name)
+            flushed.discard(target.parent.stat().st_ino)
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(Path, "rename", watched_rename)
+    train.train(steps(world, 1), Path("a"))
+    assert any(name.startswith("step_000001-") for name in renamed) and "model" in renamed
+    names_of = {Path(folder).stat().st_ino for folder in ("a", "a/checkpoints")}
+    assert names_of <= flushed
+
+
+def faulty(ranks, point, count, rank, death, *arguments) -> subprocess.CompletedProcess:
+    """torchrun of tests/faulty.py."""
+    _, *arguments = arguments  # train.py itself
+    return torchrun(ranks, str(HERE / "faulty.py"), point, str(count), str(rank), death, *arguments)
+
+
+ONE_RANK = [
+    ("weight sync", 60, 0),
+    ("checkpoint written", 1, 0),
+    ("old checkpoint removed", 1, 0),
+    ("export", 2, 0),
+]
+TWO_RANKS = [("update", 2, 1), ("shard serialised", 1, 1)]
+
+
+@pytest.mark.parametrize(("ranks", "kills"), [(1, ONE_RANK), (2, TWO_RANKS)])
+def test_killed_again_and_again_a_run_ends_as_one_that_was_not(world, ranks, kills):
+    """-9 amid weight sync, update, checkpoint and export; benchmarks/faults.py has more points."""
+    assert torchrun(ranks, *command(world, "unbroken")).returncode == 0
+    for kill in kills:
+        result = faulty(ranks, *kill, "kill", *command(world, "killed", "--resume"))
+        assert "Signal 9" in result.stderr, kill
+    assert torchrun(ranks, *command(world, "killed", "--resume")).returncode == 0
+    assert metrics_of("killed") == metrics_of("unbroken")
+    assert model_of("killed") == model_of("unbroken")
+    assert equal_states(state_of("killed"), state_of("unbroken"))
+    kept = [name[: len("step_000000")] for name in checkpoint_names("killed")]
+    assert kept[-2:] == ["step_000002", "step_000003"]
+
+
+@pytest.mark.parametrize(
+    ("point", "rank", "logged"), [("backward", 1, 1), ("checkpoint written", 0, 2)]
+)
+def test_what_one_rank_cannot_do_ends_all_within_a_minute(world, point, rank, logged):
+    result = faulty(2, point, 2, rank, "raise", *command(world, "a"))
+    (fault,) = re.findall(r"fault at ([\d.]+)", result.stdout)
+    assert time.time() - float(fault) < 60
+    assert result.returncode != 0 and "a fault was injected" in result.stderr
+    assert len(metrics_of("a")) == logged
+
+
+def test_a_full_disk_loses_no_checkpoint(world, tmp_path):
+    """On a file system that holds one checkpoint and a half."""
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(small)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("may not mount a tmpfs here")
+    try:
+        result = torchrun(1, *command(world, "small/a"))
+        assert result.returncode != 0
+        (line,) = [line for line in result.stderr.splitlines() if line.startswith("train.py: ")]
+        assert "step_000002: cannot be written" in line and "No space left" in line
+        (left,) = checkpoint_names("small/a")
+        assert left.startswith("step_000001-")
+        subprocess.run(["mount", "-o", "remount,size=20m", str(small)], check=True)
+        train.train(world, small / "a", resume=True)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+# --------------------------------------------------------------------------------------------------
+# Logs
+
+
+def test_no_key_of_the_environment_is_in_a_run_folder(world, monkeypatch, capfd):
+    for service in ("OPENAI_API_KEY", "SERPER_API_KEY", "HF_TOKEN", "WANDB_API_KEY"):
+        monkeypatch.setenv(service, f"sentinel-{service}")
+    train.train(steps(world, 1), Path("a"), logger="tensorboard")
+    files = [path for path in Path("a").rglob("*") if path.is_file()]
+    assert any(path.name.startswith("events.out.") for path in files)  # TensorBoard's
+    assert len(files) > 8 and not any(b"sentinel-" in path.read_bytes() for path in files)
+    assert "sentinel-" not in "".join(capfd.readouterr())
+
+
+def test_moments_and_step_are_those_of_adam(world):
+    """What `create_moments` makes is what AdamW itself makes in its first step."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    made, own = (torch.optim.AdamW([parameter], fused=True) for _ in range(2))
+    checkpoint.create_moments(made, updates=1)
+    parameter.grad = torch.zeros(3)
+    own.step()
+    assert made.state[parameter].keys() == own.state[parameter].keys()
+    for name, value in own.state[parameter].items():
+        assert torch.equal(made.state[parameter][name], value), name
+
+
+def test_a_log_that_is_damaged_is_named(world):
+    train.train(steps(world, 1), Path("a"))
+    Path("a/metrics.jsonl").write_text(json.dumps({"no": "step"}) + "\n")
+    with pytest.raises(ValueError, match=r"a/metrics\.jsonl: damaged"):
+        train.train(world, Path("a"), resume=True)

@@ -31,8 +31,8 @@ from records import fingerprint, fsync_and_rename, reraise_corrupt, write_jsonl,
 
 KEEP_CHECKPOINTS = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's names of its moments
-STEP_OF_MODEL = "nanosearcher_step.txt"  # in an exported folder: the step of the run that it is of
-# Options that --resume may change: they change no number but by rounding.
+EXPORT_STEP_FILE = "nanosearcher_step.txt"  # in an exported model folder: the step of its run
+# Options that --resume may change: a step that both runs do has the same numbers but for rounding.
 MAY_CHANGE = {
     "steps",
     "save_every",
@@ -59,9 +59,11 @@ class Progress:
 
 
 def create_moments(optimizer: torch.optim.Optimizer, updates: int) -> None:
-    """Make Adam's state as it is after `updates` steps, with moments of zero."""
+    """Make Adam's state after `updates` steps, with moments of zero, where a parameter has none."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
+            if optimizer.state[parameter]:
+                continue
             step = torch.tensor(float(updates), device=parameter.device)
             optimizer.state[parameter] = {"step": step}
             for moment in MOMENTS:
@@ -120,8 +122,7 @@ def save_checkpoint(
             shutil.rmtree(left_by_a_kill)
         partial.mkdir(parents=True)
     dist.barrier()
-    if not optimizer.state:  # no update has been done
-        create_moments(optimizer, updates=0)
+    create_moments(optimizer, progress.updates)  # where no gradient has made them
     with remove_partial(partial):
         writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
         dcp.save(training_state(policy, optimizer), storage_writer=writer)
@@ -141,20 +142,17 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, Progress]:
-    """The newest checkpoint that is whole; damaged ones that are newer are named and removed.
+    """The newest checkpoint that is whole; damaged ones that are newer are named.
 
     Raises:
         ValueError: there are checkpoints and none is whole. To begin anew would lose the run's log.
     """
-    damaged = []
     for path in reversed(list_checkpoints(folder)):
         if path.name.endswith(fingerprint(path)[:16]):
-            for each in damaged:
-                print(f"train.py: {each} is damaged; {path.name} is used instead", file=sys.stderr)
-                shutil.rmtree(each)
-            return path, Progress(**json.loads((path / "progress.json").read_text()))
-        damaged.append(path)
-    if damaged:
+            with reraise_corrupt(path, "give another --out"):
+                return path, Progress(**json.loads((path / "progress.json").read_text()))
+        print(f"train.py: {path} is damaged; the one before it is used", file=sys.stderr)
+    if list_checkpoints(folder):
         raise ValueError(
             f"{folder}: no checkpoint there is whole; give another --out to begin anew"
         )
@@ -205,7 +203,7 @@ def export(
             )
             lm.config.save_pretrained(partial)
             AutoTokenizer.from_pretrained(source).save_pretrained(partial)
-            write_text(partial / STEP_OF_MODEL, str(step))
+            write_text(partial / EXPORT_STEP_FILE, str(step))
             shutil.rmtree(old, ignore_errors=True)
             if out.exists():
                 out.rename(old)
@@ -239,18 +237,25 @@ class RunFolder:
         """Keep other processes out of the folder.
 
         Raises:
-            ValueError: another process holds it, it holds another run, or a run without `resume`.
+            ValueError: another process has locked it; it contains a run with other options; or it
+                contains a run and `resume` is false.
         """
         if not self.on_rank0:
             yield
             return
         self.path.mkdir(parents=True, exist_ok=True)
+        file_lock = FileLock(self.path / ".lock", timeout=0, fallback_to_soft=False)
         try:
-            with FileLock(self.path / ".lock", timeout=0):
-                self._refuse_another_run(resume)
-                yield
+            file_lock.acquire()
         except Timeout:  # for one, ranks that outlived their torchrun
             raise ValueError(f"{self.path}: another process is training in it") from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            self._refuse_another_run(resume)
+            yield
+        finally:
+            file_lock.release()
 
     def _refuse_another_run(self, resume: bool) -> None:
         if not any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints")):
@@ -279,14 +284,16 @@ class RunFolder:
             checkpoint, progress = None, Progress()
             if resume:
                 checkpoint, progress = newest_checkpoint(self.path / "checkpoints")
-            noted = self.path / "model" / STEP_OF_MODEL
+            noted = self.path / "model" / EXPORT_STEP_FILE
             exported = noted.exists() and noted.read_text() == str(progress.step)
             found = [(checkpoint, progress, exported)]
         dist.broadcast_object_list(found)
         return found[0]
 
     def begin(self, step: int) -> None:
-        """Write the configuration, and remove log lines after `step`, left by a run that died.
+        """Write the configuration, and remove what a run that died has left after `step`.
+
+        These are log lines, and checkpoints that are damaged: the run will write them again.
 
         Raises:
             ValueError: a log is damaged.
@@ -299,10 +306,14 @@ class RunFolder:
             file = self.path / name
             if file.exists():
                 with reraise_corrupt(file):
-                    *lines, _ = file.read_text(encoding="utf-8").split("\n")  # the last one is torn
+                    # What follows the last line end is empty, or a line that was being written.
+                    *lines, _ = file.read_text(encoding="utf-8").split("\n")
                     logged = [json.loads(line) for line in lines]
                     kept = [record for record in logged if record["step"] <= step]
                 write_jsonl(file, kept)
+        for checkpoint in list_checkpoints(self.path / "checkpoints"):
+            if checkpoint.name[: len("step_000000")] > f"step_{step:06d}":
+                shutil.rmtree(checkpoint)
         if self.logger == "wandb":
             import wandb
 

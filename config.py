@@ -4,6 +4,7 @@ An explicit flag wins over the preset, and the preset over the default. The resu
 written into the run's folder.
 """
 
+import argparse
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -24,7 +25,7 @@ class Config:
     questions: str = "data/stage_1.jsonl"  # training questions (JSONL)
     eval_questions: str = ""  # held-out questions (JSONL) for --eval_every
     retriever: str = "data/bm25"  # passage file (JSONL), index folder or URL of a search server
-    prompt_file: str = "base"  # base, chat, or a text file with {question} in it
+    prompt_file: str = "base"  # base, chat, demo, or a text file with {question}
     engine: Literal[ENGINES] = "vllm"  # inference engine (engine.py)
     seed: int = 0  # of data order and sampling
     steps: int = 128  # rollout batches
@@ -39,7 +40,7 @@ class Config:
     clip_eps: float = 0.2  # clip range of the ratio
     sampler_clip: float = 2.0  # sampler correction within [1/c, c]; 0 switches it off
     temperature: float = 1.0  # of sampling, applied to the trainer's logits too (paper)
-    max_searches: int = 8  # queries answered per question (paper)
+    max_searches: int = 8  # queries per episode (paper)
     documents_per_search: int = 3  # passages per query (official code)
     max_turn_tokens: int = 512  # tokens sampled between two stops (official code)
     max_context: int = 29_000  # prompt, policy and documents together, in tokens (official code)
@@ -52,7 +53,7 @@ class Config:
 
 
 LLAMA = {"model": "meta-llama/Llama-3.1-8B-Instruct", "prompt_file": "chat", "kl_coef": 1e-4}
-STAGE_1 = {"questions": "data/stage_1.jsonl", "reward": "stage1", "steps": 6}  # one pass over 350
+STAGE_1 = {"questions": "data/stage_1.jsonl", "reward": "stage1", "steps": 6}  # 350 questions
 STAGE_2 = {  # one pass over 8,148 questions
     "model": "runs/stage1/model",
     "questions": "data/stage_2.jsonl",
@@ -110,20 +111,21 @@ class Arguments:
 
 
 def parse_arguments(argv: list[str] | None, description: str) -> Arguments:
-    """Parse twice: the first time for the preset, the second time over the preset's values.
+    """Parse twice: first for stage and preset, then everything over the preset's values.
 
     Raises:
         ValueError: an option has an impossible value, or the preset needs a GPU and there is none.
     """
 
-    def parse(defaults: Config) -> Arguments:
-        default = Arguments(stage=tyro.MISSING, config=defaults)
-        return tyro.cli(
-            Arguments, args=argv, description=description, default=default, use_underscores=True
-        )
-
-    chosen = parse(Config())
-    arguments = parse(Config(**PRESETS[chosen.preset][chosen.stage]))
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--stage")
+    parser.add_argument("--preset", default=Arguments.preset)
+    chosen, _ = parser.parse_known_args(argv)
+    preset = {str(stage): values for stage, values in PRESETS.get(chosen.preset, {}).items()}
+    default = Arguments(stage=tyro.MISSING, config=Config(**preset.get(chosen.stage, {})))
+    arguments = tyro.cli(
+        Arguments, args=argv, description=description, default=default, use_underscores=True
+    )
     if arguments.preset != "demo" and not torch.cuda.is_available():
         raise ValueError(
             f"--preset {arguments.preset} trains a 7B model and needs NVIDIA GPUs; "

@@ -1,11 +1,13 @@
-"""The ranks and the policy: a causal language model in FSDP2, and the memory that it leaves."""
+"""The ranks, and the policy: a causal language model in FSDP2."""
 
 import ctypes
 import os
 import resource
 import sys
+import time
 import traceback
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -102,7 +104,8 @@ def load_policy(
         frozen: bf16 parameters without gradient instead of fp32 parameters to train.
 
     Raises:
-        ValueError: the trainer computes something else than this architecture.
+        ValueError: the head is not a plain linear map, or attention has a sliding window; the
+            trainer supports neither.
     """
     from transformers import AutoModelForCausalLM
 
@@ -111,13 +114,14 @@ def load_policy(
         model,
         dtype=dtype,
         use_safetensors=True,  # never a pickle
+        attn_implementation="sdpa",  # reads the boolean masks of `pack`
     )
     rescaling = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
     head_bias = getattr(lm.get_output_embeddings(), "bias", None)
     if head_bias is not None or any(getattr(lm.config, name, None) for name in rescaling):
-        raise ValueError(f"--model {model}: its head is not a plain linear map, refused")
+        raise ValueError(f"--model {model}: its head is not a plain linear map; use another model")
     if "sliding_attention" in (getattr(lm.config, "layer_types", None) or ()):
-        raise ValueError(f"--model {model}: its attention has a sliding window, refused")
+        raise ValueError(f"--model {model}: its attention has a sliding window; use another model")
     return shard(lm, gradient_checkpointing, cpu_offload, frozen)
 
 
@@ -156,7 +160,7 @@ def whole_parameters(policy: Policy) -> Iterator[tuple[str, Tensor]]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Memory
+# Memory and time
 
 
 def release_memory() -> None:
@@ -176,3 +180,13 @@ def peak_memory_gib() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+@contextmanager
+def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
+    """Note how long the body takes, with the work that it has given to the GPU."""
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds[f"seconds_{phase}"] = time.perf_counter() - start

@@ -47,7 +47,8 @@ def user_errors(program: str) -> Iterator[None]:
         yield
     except (ValueError, OSError, RuntimeError) as error:
         origin = traceback.extract_tb(error.__traceback__)[-1]
-        in_repository = Path(__file__).resolve().parent in Path(origin.filename).resolve().parents
+        root = Path(__file__).resolve().parent
+        in_repository = Path(origin.filename).resolve().parent in (root, root / "tools")
         raised_on_purpose = in_repository and (origin.line or "").startswith("raise ")
         if not (raised_on_purpose or isinstance(error, OSError)):
             raise

@@ -41,7 +41,7 @@ from torch import Tensor
 def kl_estimate(log_probs: Tensor, ref_log_probs: Tensor, kind: str) -> Tensor:
     """Eq. 1, elementwise; `kind` is k1, k2 or k3.
 
-    k1 is unbiased; k2 and k3 are never negative and have useful gradients as a loss.
+    k1 goes into the reward; k2 and k3, never negative, have useful gradients as a loss.
     """
     # An infinity after exp would turn the gradient into NaN, so the difference is clamped first.
     lr = (log_probs - ref_log_probs).clamp(-20, 20)
@@ -129,7 +129,10 @@ def estimate_advantages(
     kl: Tensor | None = None,
     kl_coef: float = 0.0,
 ) -> Tensor:
-    """(B, T) fp32 advantages of `algorithm`, 0 outside the mask; float64 keeps equal sums equal."""
+    """(B, T) fp32 advantages of `algorithm`, 0 outside the mask.
+
+    They are computed in fp64: rounding must not make a small advantage of one that is 0.
+    """
     return ALGORITHMS[algorithm](rewards.double(), action_mask, kl, kl_coef).float()
 
 
@@ -169,7 +172,7 @@ def policy_loss(
 def logits_in_chunks(
     hidden: Tensor, head: Tensor, temperature: float, chunk: int
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the logits of `chunk` of the N states at a time, fp32, in a buffer of the caller's."""
+    """Yield (slice, fp32 logits) of `chunk` states; the caller may overwrite the logits."""
     for start in range(0, len(hidden), chunk):
         part = slice(start, start + chunk)
         yield part, (hidden[part] @ head.T).float().div_(temperature)
@@ -233,8 +236,8 @@ def token_log_probs(
 
 # Longest row of several sequences, in tokens: the attention of a row grows with its square.
 MAX_SHARED_ROW = 1024
-# A sequence joins a row where it adds at most this share of its own length. A shared row needs a
-# mask, and the attention of a plain row does not look at other sequences.
+# A sequence joins a row where it adds at most this share of its own length. Sharing has a price: a
+# dense mask, and attention that is computed across the sequences of a row before it is masked.
 MAX_ADDED_SHARE = 0.5
 
 

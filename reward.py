@@ -159,7 +159,7 @@ FORMAT_RULES: tuple[Callable[[str], bool], ...] = (
     paired_queries,
     no_documents,
     no_script_switch,
-    short_answer,  # last: where this rule is the one that failed, every other rule holds
+    short_answer,
 )
 
 
@@ -246,7 +246,7 @@ class Outcome(NamedTuple):
     """Everything that a reward may look at."""
 
     text: str  # what the policy wrote, its turns joined
-    searches: int  # queries that were answered
+    searches: int  # queries that were asked within the limit
     answers: list[str]  # gold answers
     failed_rule: str | None  # None: the format is right
 
@@ -293,7 +293,8 @@ def stage2_cover_em(o: Outcome) -> float:
 
 def stage2_llama(o: Outcome) -> float:
     """Stage 2 of the official Llama script: less 1, and no rule on the answer's length."""
-    return o.score("f1") - 1.0 * (o.failed_rule not in (None, "short_answer"))
+    well_formed = all(rule(o.text) for rule in FORMAT_RULES if rule is not short_answer)
+    return o.score("f1") - 1.0 * (not well_formed)
 
 
 REWARDS: dict[str, Callable[[Outcome], float]] = {
@@ -314,7 +315,7 @@ def score_episode(
 
     Args:
         segments: (kind, text) in order; only kind "policy" is looked at.
-        searches: queries that were answered.
+        searches: queries that were asked within the limit.
         answers: gold answers, at least one.
         reward: a name in `REWARDS`.
     Returns:

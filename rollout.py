@@ -57,7 +57,7 @@ class Episode:
 class Limits:
     """What a trajectory may use; training and evaluation share these limits."""
 
-    max_searches: int = 8  # queries answered per question (paper)
+    max_searches: int = 8  # queries per episode (paper)
     documents_per_search: int = (
         3  # passages per query: 3 in training, 5 at evaluation (official code)
     )
@@ -134,8 +134,8 @@ def prompt_encoder(tokenizer, template: list[tuple[str, str]]) -> Callable[[str]
 # In a deterministic rollout documents rejoin so many engine steps after their query: enough to hide
 # the latency of most retrievers, and few beside the hundreds of steps of a trajectory.
 REJOIN_AFTER_STEPS = 4
-# Queries that become ready while so many lookups are under way go together into the next lookup, so
-# that a retriever in trouble is asked less.
+# While so many lookups are running, queries wait and share the next one, so that a retriever in
+# trouble is asked less.
 MAX_CONCURRENT_SEARCHES = 4
 
 
@@ -289,7 +289,7 @@ class Rollout:
             return [(self._encode_documents([]), True) for _ in queries]
 
     def _encode_documents(self, passages: list[dict[str, str]]) -> list[int]:
-        r"""`\n\n<documents>\n(1)title   text\n ... </documents>`, cut to the token budget.
+        r"""`\n\n<tag>\n(1)title   text\n ...\n<tag>`, cut to the token budget.
 
         The closing tag is kept whole. The block must not end in white space: most tokenizers split
         white space differently at the end of a string than inside running text, and the model would

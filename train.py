@@ -9,19 +9,16 @@ textbook in four points:
    the questions.
 2. Episodes are small (ids, masks, numbers), so every rank gathers all of them. Advantages, the plan
    of micro-batches and the metrics are computed from the whole batch, identical on every rank, and
-   a run on 1 or on N ranks trains on the same batches.
+   a run on 1 or on N ranks trains on the same questions with the same seeds.
 3. Sequences that begin alike compute their common prefix once, and an episode whose advantage is 0
    on every token is not computed at all. Both are exact: the gradient is the same.
-4. Every random draw derives from (seed, step, question, sample), so that the step of a checkpoint
-   is its data position and the state of its random generators.
+4. Every random draw derives from the seed and its place: epoch, step, question, sample, turn. A
+   checkpoint stores the step, and needs no data position and no state of random generators.
 """
 
 import dataclasses
 import math
 import random
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +39,7 @@ from policy import (
     peak_memory_gib,
     release_memory,
     start_distributed,
+    timed,
     whole_parameters,
 )
 from records import read_questions, user_errors
@@ -76,11 +74,11 @@ class Batch:
     rewards: Tensor  # (groups, samples), fp64
     action_mask: Tensor  # (B, T) bool
     sampler_log_probs: Tensor  # (B, T)
-    old_log_probs: Tensor | None = None  # (B, T); None: the policy has not changed since
+    old_log_probs: Tensor | None = None  # (B, T); None: pi_old is the policy being trained
     ref_log_probs: Tensor | None = None  # (B, T); None without a reference model
     kl: Tensor | None = None  # (B, T), k1; None without a reference model
     advantages: Tensor | None = None  # (B, T)
-    has_gradient: list[bool] | None = None  # (B,): false for episodes that add nothing to it
+    has_gradient: list[bool] | None = None  # (B,): false for episodes without any gradient
 
 
 def make_batch(episodes: list[Episode], samples: int, device: torch.device) -> Batch:
@@ -150,8 +148,8 @@ class Sampler:
                 seed = derive_seed(config.seed, step, number, sample)
                 mine.append(Episode(questions[number], prompt_ids, seed))
         finished = self.rollout.run(mine)
-        hidden = self.rank > 0
-        for _ in tqdm(finished, "rollout", len(mine), unit="episode", leave=False, disable=hidden):
+        quiet = self.rank > 0
+        for _ in tqdm(finished, "rollout", len(mine), unit="episode", leave=False, disable=quiet):
             pass  # `mine` holds the episodes, in order
         shares = gather(mine)
         episodes = []
@@ -169,11 +167,13 @@ class Sampler:
     def evaluate(self) -> dict[str, float]:
         """Metrics of greedy answers to the held-out questions, each rank's share of them."""
         sampling = self.rollout.limits
-        self.rollout.limits = dataclasses.replace(sampling, temperature=0.0)
         mine = self.eval_questions[self.rank :: self.world]
         reward = self.config.reward
-        answered = list(answer_questions(self.rollout, self.encode, mine, reward=reward))
-        self.rollout.limits = sampling
+        self.rollout.limits = dataclasses.replace(sampling, temperature=0.0)
+        try:
+            answered = list(answer_questions(self.rollout, self.encode, mine, reward=reward))
+        finally:
+            self.rollout.limits = sampling
         records = [record for share in gather(answered) for record in share]
         return {f"eval_{name}": value for name, value in summarize(records).items()}
 
@@ -203,9 +203,10 @@ class Trainer:
         )
 
     def plan(self, batch: Batch, chosen: list[int]) -> list[list[list[int]]]:
-        """This rank's micro-batches of the chosen episodes; every rank gets as many.
+        """This rank's micro-batches of the chosen episodes.
 
-        A rank with fewer gets empty ones, so that collectives cannot hang.
+        All ranks get the same number of micro-batches: short lists are filled up with empty ones,
+        so that collectives cannot hang.
         """
         sequences = {i: batch.episodes[i].token_ids for i in chosen}
         micro_batches = plan_micro_batches(sequences, self.config.micro_batch_tokens)
@@ -228,8 +229,9 @@ class Trainer:
         log_probs = model(**inputs, temperature=self.config.temperature)
         order = [i for row in rows for i in row]
         episodes = torch.tensor(order, dtype=torch.long, device=self.device)
-        row, token = batch.action_mask[episodes].nonzero(as_tuple=True)
-        return log_probs, (episodes[row], token)
+        # `pack` lists action tokens sequence by sequence, and so does `nonzero`.
+        number, token = batch.action_mask[episodes].nonzero(as_tuple=True)
+        return log_probs, (episodes[number], token)
 
     @torch.no_grad()
     def log_probs(self, model: Policy, batch: Batch, chosen: list[int]) -> Tensor:
@@ -244,10 +246,11 @@ class Trainer:
     def compute_advantages(self, batch: Batch) -> None:
         """Fill in the advantages, and the log-probabilities that they and the loss need.
 
-        With one update per rollout and no KL there is no pass without gradient: the policy that is
-        trained is still the old one.
+        With one update per rollout and no reference model, pi_old is the very policy that is being
+        trained, so that no extra forward pass is needed.
         """
-        config, everyone = self.config, list(range(len(batch.episodes)))
+        config = self.config
+        everyone = batch.action_mask.any(1).nonzero().flatten().tolist()  # who sampled a token
         if self.reference is not None:
             batch.old_log_probs = self.log_probs(self.policy, batch, everyone)
             batch.ref_log_probs = self.log_probs(self.reference, batch, everyone)
@@ -315,11 +318,12 @@ class Trainer:
                 break
             if not any(batch.has_gradient[i] for i in chosen):
                 continue
-            totals += self.backward(batch, chosen)
+            sums = self.backward(batch, chosen)
             grad_norm = nn.utils.clip_grad_norm_(self.policy.parameters(), MAX_GRAD_NORM)
             grad_norm = grad_norm.full_tensor().item()
             if math.isfinite(grad_norm):
                 self.optimizer.step()
+                totals += sums
                 grad_norms += grad_norm
                 updates += 1
                 consecutive_skipped = 0
@@ -343,16 +347,6 @@ class Trainer:
 
 # --------------------------------------------------------------------------------------------------
 # The loop
-
-
-@contextmanager
-def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    """Note how long the body takes, with the work that it has given to the GPU."""
-    start = time.perf_counter()
-    yield
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds[f"seconds_{phase}"] = time.perf_counter() - start
 
 
 def train(config: Config, out: Path, resume: bool = False, logger: str | None = None) -> None:
@@ -386,7 +380,7 @@ def train(config: Config, out: Path, resume: bool = False, logger: str | None = 
 
 
 def iterate(sampler: Sampler, trainer: Trainer, run: RunFolder, progress: Progress) -> Progress:
-    """One iteration: from the rollout batch after `progress` to a better policy."""
+    """One iteration of a run that is as far as `progress`; returns how far it is then."""
     config, step = trainer.config, progress.step
     seconds: dict[str, float] = {}
 
@@ -425,10 +419,11 @@ def iterate(sampler: Sampler, trainer: Trainer, run: RunFolder, progress: Progre
     values = "  ".join(f"{name} {metrics[name]:.3f}" for name in shown)
     run.print_rank0(f"step {step + 1:4d}  {values}")
 
-    # Checkpoint.
+    # Checkpoint, unless the run has to stop.
     skipped = metrics["consecutive_skipped"]
     if skipped == MAX_CONSECUTIVE_SKIPPED:
-        raise RuntimeError(f"step {step + 1}: {skipped} updates in a row had no finite gradient")
+        reason = f"{skipped} updates in a row had no finite gradient; lower --learning_rate"
+        raise RuntimeError(f"step {step + 1}: {reason}")
     progress = Progress(step + 1, progress.updates + metrics["updates"], skipped)
     is_due = config.save_every and progress.step % config.save_every == 0
     if progress.step == config.steps or is_due:

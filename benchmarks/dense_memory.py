@@ -14,17 +14,9 @@ LISTS = 65536  # of an IVF index
 PROBES = 64  # lists that an IVF query searches (nprobe)
 LINKS = 32  # of a vector of an HNSW index (M)
 EF_SEARCH = 64  # candidates that an HNSW query keeps
-
-FACTORIES = [
-    "Flat",
-    "SQfp16",
-    "SQ8",
-    "IVF65536,Flat",
-    "IVF65536,SQ8",
-    "IVF65536,PQ128",
-    "HNSW32,Flat",
-    "HNSW32,SQ8",
-]
+FACTORIES = """
+    Flat SQfp16 SQ8 IVF65536,Flat IVF65536,SQ8 IVF65536,PQ128 HNSW32,Flat HNSW32,SQ8
+""".split()
 
 
 def code_bytes(storage: str, dim: int) -> float:

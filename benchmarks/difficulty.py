@@ -4,24 +4,29 @@
 
 Both ways run in one continuous batch, one after the other, with one engine and on the same
 questions: what `data_prep.py difficulty` does, and the loop that it spares. Model, questions and
-limits are the demo's. The last line has the ratios.
+limits are those of the demo. The last line has the ratios.
 """
 
-import argparse
-import json
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 from unittest.mock import patch
 
+import tyro
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import difficulty
+from benchmarks.measure import show
 from records import read_questions
 from retriever import open_retriever
 from reward import PROMPTS, TAGS, score_episode
 from rollout import Limits, open_rollout
+
+LIMITS = Limits(
+    max_searches=3, documents_per_search=1, max_turn_tokens=48, max_context=768, temperature=0.7
+)
 
 
 def never_right(*arguments) -> dict:
@@ -29,49 +34,35 @@ def never_right(*arguments) -> dict:
     return score_episode(*arguments) | {"acc_r": 0.0}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--demo", type=Path, default=Path("demo"), help="folder of `make demo`")
-    add("--model", default="demo/stage1/model", help="Hugging Face folder")
-    add("--questions", type=int, default=60)
-    add("--max_rollouts", type=int, default=10, help="the cap, and the fixed number")
-    add("--engine", default="vllm", help="vllm or transformers")
-    add("--json", action="store_true", help="a JSON line for each way; the ratios in the last")
-    args = parser.parse_args()
-    questions = read_questions(args.demo / "train.jsonl")[: args.questions]
-    search = open_retriever(str(args.demo / "passages.jsonl")).search
-    limits = Limits(
-        max_searches=3, documents_per_search=1, max_turn_tokens=48, max_context=768, temperature=0.7
-    )
-    rollout, encode = open_rollout(args.model, search, TAGS, PROMPTS["demo"], limits, args.engine)
+def main(
+    demo: Path = Path("demo"),
+    model: str = "demo/stage1/model",
+    questions: int = 60,
+    max_rollouts: int = 10,
+    json: bool = False,
+) -> None:
+    asked = read_questions(demo / "train.jsonl")[:questions]
+    search = open_retriever(str(demo / "passages.jsonl")).search
+    rollout, encode = open_rollout(model, search, TAGS, PROMPTS["demo"], LIMITS)
     rows = {}
     for way, score in (("until right", score_episode), ("fixed", never_right)):
-        if args.engine == "vllm":
-            rollout.engine.llm.reset_prefix_cache()
-        verdicts = {question["id"]: [] for question in questions}
+        rollout.engine.llm.reset_prefix_cache()
+        verdicts = {question["id"]: [] for question in asked}
         start = time.perf_counter()
         with patch.object(difficulty, "score_episode", score):
             rollouts = difficulty.roll_out_until_right(
-                rollout, encode, questions, verdicts, args.max_rollouts, right="acc_r", seed=0
+                rollout, encode, asked, verdicts, max_rollouts, right="acc_r", seed=0
             )
             count = sum(1 for _ in rollouts)
         seconds = time.perf_counter() - start
         solved = Counter(len(each) for each in verdicts.values() if True in each)
-        rows[way] = {
-            "seconds": seconds,
-            "rollouts": count,
-            "solved by number": sorted(solved.items()),
-        }
-        line = {"name": way} | rows[way]
-        print(json.dumps(line) if args.json else line, flush=True)
+        rows[way] = {"name": way, "seconds": seconds, "rollouts": count}
+        show(rows[way] | {"solved by number": sorted(solved.items())}, json)
     ratios = {"name": "ratios"}
     for key in ("seconds", "rollouts"):
         ratios[f"{key}, fixed / until right"] = rows["fixed"][key] / rows["until right"][key]
-    print(json.dumps(ratios) if args.json else ratios)
+    show(ratios, json)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__, use_underscores=True)

@@ -1,71 +1,175 @@
-"""GPU memory of training a 7B model: simulated, not measured. `python benchmarks/memory_7b.py` prints the README's table.
+"""GPU memory of training a 7B model: simulated, not measured.
 
-A step of the trainer under fake tensors (fake_step.py). The operators are the CPU's (PyTorch without CUDA fakes no GPU);
-their attention keeps for the backward pass what FlashAttention keeps. Assumed: one row of one sequence, half of it sampled.
-Not counted: CUDA context, NCCL's buffers, work space of kernels, fragmentation, what a sleeping engine keeps; a card of
-"80 GB" has 85e9 bytes, 5 are left for these.
-`--json` prints all categories, and last the ratios of simulated bytes to computed ones, of all rows the farthest from 1.
+`python benchmarks/memory_7b.py` prints the table of RESULTS.md, `--json` all categories of bytes.
+The trainer's own code computes a micro-batch, clips and steps on tensors without storage, in a
+process group that sends nothing, while FSDPMemTracker counts the bytes that are alive. Adam's
+moments and the gradients of earlier micro-batches are there from the start. The operators are the
+CPU's (PyTorch without CUDA fakes no GPU); their attention keeps for the backward pass what
+FlashAttention keeps. Assumed: one row of one sequence, half of it sampled. Not counted: CUDA
+context, NCCL's buffers, work space of kernels, fragmentation, what a sleeping engine keeps; a card
+of "80 GB" has 85e9 bytes, 5 are left for these.
 """
 
-import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from itertools import product
 from pathlib import Path
+from unittest.mock import patch
 
+import torch
+import torch.distributed as dist
+import tyro
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import train
-from benchmarks.fake_step import simulate
+import policy
+from benchmarks.log_probs import straightforward
+from benchmarks.measure import show
+from config import PRESETS, Config
+from reinforce_pp import pack, policy_loss
+from train import MAX_GRAD_NORM, Trainer
 
-CARD, RANKS, CONTEXTS = 80e9, (8, 16), (4096, 8192, 16384, 32768)
-MODELS = {  # preset; model_type and fake_step.NAMES of config.json on the Hugging Face hub; neither ties its embeddings
-    "Qwen2.5-7B": ("qwen", "qwen2", 152064, 3584, 18944, 28, 28, 4),
-    "Llama-3.1-8B": ("llama", "llama", 128256, 4096, 14336, 32, 32, 8),
+CARD = 80e9  # bytes
+RANKS = (8, 16)
+CONTEXTS = (4096, 8192, 16384, 32768)
+SHAPES = """
+    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
+    num_key_value_heads
+""".split()
+# Preset, model type and SHAPES, as in config.json on the Hugging Face hub.
+MODELS = {
+    "Qwen2.5-7B": ("qwen", "qwen2", (152064, 3584, 18944, 28, 28, 4)),
+    "Llama-3.1-8B": ("llama", "llama", (128256, 4096, 14336, 32, 32, 8)),
 }
-CASES = {"as preset": (1, 1), "whole head": (1, 0), "no checkpointing": (0, 1), "neither": (0, 0)}  # checkpointing, chunks
-WIDTHS = {"parameters": 4, "gradients": 4, "optimizer": 8}  # bytes a parameter, over all ranks
+# Whether gradients are checkpointed, and whether the head works in chunks.
+CASES = {
+    "as preset": (True, True),
+    "whole head": (True, False),
+    "no checkpointing": (False, True),
+    "neither": (False, False),
+}
 
 
-def parameter_count(kind: str, vocab: int, hidden: int, inner: int, layers: int, heads: int, kv_heads: int) -> int:
-    kv = hidden // heads * kv_heads
-    biases = hidden + 2 * kv if kind == "qwen2" else 0
-    return layers * (2 * hidden * (hidden + kv) + biases + 3 * hidden * inner + 2 * hidden) + 2 * vocab * hidden + hidden
+@contextmanager
+def training(
+    mode, model: tuple, ranks: int, context: int, checkpointing: bool, chunked: bool
+) -> Iterator[tuple]:
+    """The trainer, a micro-batch and a function that does a rank's step on it.
+
+    Args:
+        mode: context in which tensors are made, such as FakeTensorMode().
+        model: a value of MODELS.
+    """
+    preset, model_type, sizes = model
+    shapes = dict(zip(SHAPES, sizes, strict=True))
+    config = Config(**PRESETS[preset][1])
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    with mode:
+        architecture = AutoConfig.for_model(model_type, **shapes, tie_word_embeddings=False)
+        lm = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
+    # Outside of the mode, since the device mesh is real.
+    trainer = Trainer(config, policy.shard(lm, checkpointing, cpu_offload=False))
+
+    def update() -> None:
+        nn.utils.clip_grad_norm_(trainer.policy.parameters(), MAX_GRAD_NORM)
+        trainer.optimizer.step()
+
+    def step() -> None:
+        log_probs = trainer.policy(**inputs, temperature=config.temperature)
+        old = log_probs.detach()
+        ones = torch.ones_like(old)
+        loss, _ = policy_loss(log_probs, old, ones, config.clip_eps, old, config.sampler_clip)
+        (loss.sum() / len(old)).backward()
+        update()
+
+    whole_head = patch.object(policy, "token_log_probs", straightforward)
+    with mode, nullcontext() if chunked else whole_head:
+        sampled = context // 2
+        mask = [0] * (context - sampled) + [1] * sampled
+        inputs = pack([[([0] * context, mask)]])
+        for parameter in trainer.policy.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        # Makes the moments; and DTensor works out its shapes here, where nothing counts them.
+        update()
+        yield trainer, inputs, step
+    dist.destroy_process_group()
 
 
-def row(name: str, ranks: int, context: int, case: str) -> dict:
-    """The peak of training, what is there while the engine is awake (both in GB), and ratios of simulated to computed."""
-    (preset, *shape), found = MODELS[name], simulate(MODELS[name], ranks, context, *CASES[case])
-    config, count, head = train.Config(**train.PRESETS[preset][1]), parameter_count(*shape), 2 * shape[1] * shape[2]  # bf16
-    found["reference"] = 2 * count / ranks * (config.kl_coef > 0)  # frozen in bf16, its passes before those that train
+def simulate(*case) -> dict[str, float]:
+    """Bytes on a rank at the peak of a step, by category and in total, and in total at its start.
+
+    Args:
+        case: arguments of `training` after its first.
+    """
+    # transformers looks into the positions for packed sequences; into fake ones it cannot, and
+    # would build a mask.
+    causal = patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
+    with training(FakeTensorMode(), *case) as (trainer, inputs, step), causal:
+        tracker = FSDPMemTracker(trainer.policy, trainer.optimizer)
+        tracker.track_inputs(tuple(inputs.values()))
+        with tracker:
+            start = tracker.get_tracker_snapshot("current")[trainer.device]["Total"]
+            step()
+        snapshot = tracker.get_tracker_snapshot("peak")[trainer.device]
+    peak = {getattr(key, "value", key): count for key, count in snapshot.items()}
+    found = {
+        "parameters": peak["Sharded Param"],
+        "gradients": peak["Sharded Grad"],
+        "optimizer": peak["OptState"],
+        "activations": peak["Activation"] + peak["Inputs"] + peak["Buffer"],
+    }
+    temporary = peak["Total"] - sum(found.values())
+    return found | {"temporary": temporary, "total": peak["Total"], "start": start}
+
+
+def simulate_row(name: str, ranks: int, context: int, case: str) -> dict:
+    """GB at the peak of training, and while the engine is awake (`rolling_out`)."""
+    preset, _, (vocab_size, hidden_size, *_) = MODELS[name]
+    config = Config(**PRESETS[preset][1])
+    found = simulate(MODELS[name], ranks, context, *CASES[case])
+    # The reference is frozen in bf16, and its passes come before those that train.
+    found["reference"] = found["parameters"] / 2 if config.kl_coef > 0 else 0
     found["total"] += found["reference"]
     found["engine"] = config.gpu_memory_utilization * CARD  # its weights and KV cache
-    resident = sum(found[kind] for kind in ("parameters", "optimizer", "reference", "engine"))
-    found["rolling_out"] = resident + head  # the largest parameter on its way to the engine
-    ratios = {kind: round(found[kind] * ranks / width / count, 4) for kind, width in WIDTHS.items()}
-    facts = dict(model=name, ranks=ranks, context=context, case=case, ratios=ratios)
-    return facts | {kind: round(n / 1e9, 3) for kind, n in found.items()}
+    # In bf16 the largest parameter, on its way to the engine.
+    found["rolling_out"] = 2 * vocab_size * hidden_size
+    for kind in ("parameters", "optimizer", "reference", "engine"):
+        found["rolling_out"] += found[kind]
+    row = {"model": name, "ranks": ranks, "context": context, "case": case}
+    return row | {kind: round(size / 1e9, 3) for kind, size in found.items()}
 
 
 def table(rows: list[dict]) -> str:
     """Peaks in GB, in brackets those above the card's."""
-    lines = [f"| model | GPUs | rolling out | context | {' | '.join(CASES)} |", "|" + "---|" * (4 + len(CASES))]
-    for cells in zip(*[iter(rows)] * len(CASES), strict=True):
-        peaks = [("{:.0f}" if r["total"] < CARD / 1e9 else "({:.0f})").format(r["total"]) for r in cells]
-        lines.append(" | ".join(["| {model} | {ranks} | {rolling_out:.0f} | {context:,}".format(**cells[0]), *peaks]) + " |")
+    header = ["model", "GPUs", "rolling out", "context", *CASES]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for start in range(0, len(rows), len(CASES)):
+        first = rows[start]
+        cells = [first["model"], str(first["ranks"]), f"{first['rolling_out']:.0f}"]
+        cells.append(f"{first['context']:,}")
+        for row in rows[start : start + len(CASES)]:
+            total = f"{row['total']:.0f}"
+            cells.append(total if row["total"] < CARD / 1e9 else f"({total})")
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def main() -> None:
-    rows, as_json = [], "--json" in sys.argv
-    for case in tqdm(list(product(MODELS, RANKS, CONTEXTS, CASES)), disable=as_json):
-        rows.append(row(*case))
-        if as_json:
-            print(json.dumps(rows[-1]), flush=True)
-    worst = {kind: max((r["ratios"][kind] for r in rows), key=lambda ratio: abs(ratio - 1)) for kind in WIDTHS}
-    print(json.dumps({"name": "ratios"} | worst) if as_json else table(rows))
+def main(json: bool = False) -> None:
+    rows = []
+    for case in tqdm(list(product(MODELS, RANKS, CONTEXTS, CASES)), disable=json):
+        rows.append(simulate_row(*case))
+        if json:
+            show(rows[-1], json)
+    if not json:
+        print(table(rows))
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__, use_underscores=True)

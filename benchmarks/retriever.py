@@ -3,38 +3,57 @@
     python benchmarks/retriever.py --passages wiki_passages.jsonl \
         --questions hotpotqa_500.jsonl --encoder MiniLM-folder
 
-`--passages` are real ones: corpora of the asked sizes are drawn from their words, and the questions
-are searched in them. Every backend builds and searches in a process of its own, all in one run. The
-last line of `--json` holds the ratios.
+`--passages` are real ones: corpora of `--sizes` are drawn from their words, and the questions are
+searched in them. Every backend builds and searches in a process of its own, all in one run; recall
+is that of the real passages, with `--encoder` of dense indexes too. The last line of `--json` has
+the ratios: how many times as long as tantivy the other BM25 take for a keyword query.
 """
 
 import json
 import random
-import shutil
-import signal
+import resource
 import statistics
-import subprocess
 import sys
+import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from itertools import islice
+from itertools import accumulate, islice
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+import psutil
 import tyro
 
-ROOT = Path(__file__).resolve().parent.parent
 # Before this file's folder: the retriever that is measured has this file's name.
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import retriever as r  # noqa: E402
-from bm25 import STOP_WORDS, tokenize  # noqa: E402
-from records import Passage, read_passages, read_questions, scan_passages  # noqa: E402
-from reward import normalize  # noqa: E402
+from benchmarks.measure import search_server, show
+from bm25 import BM25, STOP_WORDS, tokenize
+from records import Passage, read_passages, read_questions, scan_passages
+from retriever import Remote, build_bm25, build_dense, open_retriever
+from reward import best, contiguous_match
 
+CLIENTS = 64
+MAX_RANK_BM25_SIZE = 100_000  # passages; a query of a million takes rank-bm25 seconds
+RANK_BM25_QUERIES = 20  # they are slow
 # faiss factories whose recall is measured, and the parameters of each.
 FACTORIES = {"Flat": "", "HNSW32": "efSearch=64", "IVF64,Flat": "nprobe=8", "IVF64,SQ8": "nprobe=8"}
+
+
+def timed(function: Callable, *arguments) -> tuple[Any, float]:
+    """What a call returns, and its milliseconds."""
+    start = time.perf_counter()
+    result = function(*arguments)
+    return result, 1000 * (time.perf_counter() - start)
+
+
+def run_alone(function: Callable, *arguments) -> Any:
+    """Call a function in a fresh process."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def generate(real: list[Passage], size: int, path: Path) -> None:
@@ -43,25 +62,17 @@ def generate(real: list[Passage], size: int, path: Path) -> None:
     Words that the real passages lack have the share of the words seen once (Good-Turing); their
     frequencies follow Zipf's law.
     """
-    text = " ".join(f"{passage['title']} {passage['text']}" for passage in real)
-    words, counts = np.unique(text.split(), return_counts=True)
-    words = words.astype(object)
-    unseen = (counts == 1).sum() / counts.sum()
-    shares = np.cumsum(counts / counts.sum() * (1 - unseen))
-    rng = np.random.default_rng(0)
+    counts = Counter(" ".join(f"{p['title']} {p['text']}" for p in real).split())
+    once = sum(count == 1 for count in counts.values())
+    words = ["", *counts]  # "" stands for an unseen word
+    weights = list(accumulate([once / (1 - once / counts.total()), *counts.values()]))
+    rng = random.Random(0)
     with open(path, "w") as file:
-        for start in range(0, size, 10_000):
-            lengths = rng.poisson(80, min(10_000, size - start)) + 3
-            drawn = np.searchsorted(shares, rng.random(lengths.sum()))
-            rare = (1000 * 1000 ** rng.random(len(drawn))).astype(int)
-            text = []
-            for word, number in zip(drawn, rare, strict=True):
-                text.append(words[word] if word < len(words) else f"w{number}")
-            for n, end in enumerate(np.cumsum(lengths)):
-                part = text[end - lengths[n] : end]
-                passage = {"id": str(start + n), "title": " ".join(part[:2])}
-                passage["text"] = " ".join(part[2:])
-                file.write(json.dumps(passage, ensure_ascii=False) + "\n")
+        for number in range(size):
+            drawn = rng.choices(words, cum_weights=weights, k=round(rng.gauss(83, 9)))
+            text = [word or f"w{int(1000 * 1000 ** rng.random())}" for word in drawn]
+            passage = {"id": str(number), "title": " ".join(text[:2]), "text": " ".join(text[2:])}
+            file.write(json.dumps(passage, ensure_ascii=False) + "\n")
 
 
 def keyword_queries(corpus: Path, count: int) -> list[str]:
@@ -72,14 +83,6 @@ def keyword_queries(corpus: Path, count: int) -> list[str]:
         words = [word for word in tokenize(passage["text"]) if word not in STOP_WORDS]
         queries.append(" ".join(rng.sample(words, min(len(words), rng.randint(3, 6)))))
     return queries
-
-
-def process_memory(name: str) -> float:
-    """MB of this process: VmRSS, at the moment, or VmHWM, at most so far."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name):
-            return round(int(line.split()[1]) / 1024)
-    raise KeyError(name)
 
 
 class BM25S:
@@ -100,240 +103,159 @@ class BM25S:
         return self.index.retrieve(self.tokenize(queries), k=k, show_progress=False)[0]
 
 
+def peak_mb() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
 def build(corpus: Path, folder: Path) -> dict:
-    before = time.perf_counter()
-    r.build_bm25(str(corpus), folder)
-    seconds = time.perf_counter() - before
-    return {"build_s": round(seconds, 1), "build_peak_mb": process_memory("VmHWM")}
+    _, ms = timed(build_bm25, str(corpus), folder)
+    return {"build_s": round(ms / 1000, 1), "build_peak_mb": peak_mb()}
 
 
 def search(backend: str, corpus: Path, folder: Path, query_sets: dict[str, list[str]]) -> dict:
     """Time to open (tantivy) or to build (the others), and the latency of one query at a time."""
-    result = {}
-    limit = None
-    before = time.perf_counter()
     if backend == "tantivy":
-        index = r.open_retriever(str(folder))
-        result["open_ms"] = round(1000 * (time.perf_counter() - before), 1)
-    elif backend == "bm25s":
-        index = BM25S(read_passages(corpus))
-        result["build_s"] = round(time.perf_counter() - before, 1)
+        index, ms = timed(open_retriever, str(folder))
     else:
-        index = r.BM25(read_passages(corpus))
-        result["build_s"] = round(time.perf_counter() - before, 1)
-        limit = 20  # queries; they are slow
+        make = BM25S if backend == "bm25s" else BM25
+        index, ms = timed(make, read_passages(corpus))
+    result = {"open_ms": round(ms, 1)}
     for name, queries in query_sets.items():
-        index.search(queries[-1:], 5)
-        times = []
-        for query in queries[:limit]:
-            before = time.perf_counter()
-            index.search([query], 5)
-            times.append(1000 * (time.perf_counter() - before))
+        index.search(queries[-1:], 5)  # warm up
+        asked = queries[:RANK_BM25_QUERIES] if backend == "rank-bm25" else queries
+        times = sorted(timed(index.search, [query], 5)[1] for query in asked)
         result[f"{name}_ms"] = round(statistics.median(times), 3)
-        result[f"{name}_p95_ms"] = round(sorted(times)[int(0.95 * len(times))], 3)
-    memory = {"resident_mb": process_memory("VmRSS"), "peak_mb": process_memory("VmHWM")}
-    return result | memory
+        result[f"{name}_p95_ms"] = round(times[int(0.95 * len(times))], 3)
+    resident_mb = psutil.Process().memory_info().rss >> 20
+    return result | {"resident_mb": resident_mb, "peak_mb": peak_mb()}
 
 
-def run_alone(function, *arguments):
-    """Call a function in a fresh process."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
-
-
-def through_server(folder: Path, queries: list[str], requests: int, clients: int = 64) -> dict:
+def through_server(folder: Path, queries: list[str], requests: int) -> dict:
     """Requests of one query each by many clients at once, compared with what one client got."""
-    command = [sys.executable, ROOT / "tools" / "search_server.py", "--index", folder]
-    server = subprocess.Popen([*command, "--port", "0"], stdout=subprocess.PIPE, text=True)
-    remote = r.Remote(server.stdout.readline().split()[-1])
-    expected = {query: remote.search([query], 3) for query in queries}
-    times = []
-    wrong = []
-
-    def ask(query: str) -> None:
-        before = time.perf_counter()
-        if remote.search([query], 3) != expected[query]:
-            wrong.append(query)
-        times.append(1000 * (time.perf_counter() - before))
-
-    begin = time.perf_counter()
-    with ThreadPoolExecutor(clients) as pool:
-        list(pool.map(ask, [queries[n % len(queries)] for n in range(requests)]))
-    seconds = time.perf_counter() - begin
-    resident = int(Path(f"/proc/{server.pid}/statm").read_text().split()[1]) * 4096 / 2**20
-    server.send_signal(signal.SIGTERM)
-    server.wait()
-    times.sort()
+    asked = [queries[number % len(queries)] for number in range(requests)]
+    with search_server(folder) as (server, url), ThreadPoolExecutor(CLIENTS) as pool:
+        remote = Remote(url)
+        expected = {query: remote.search([query], 3) for query in queries}
+        start = time.perf_counter()
+        answers = list(pool.map(lambda query: timed(remote.search, [query], 3), asked))
+        seconds = time.perf_counter() - start
+        resident_mb = server.memory_info().rss >> 20
+    wrong = sum(expected[query] != found for query, (found, _) in zip(asked, answers, strict=True))
+    times = sorted(ms for _, ms in answers)
     return {
-        "clients": clients,
+        "clients": CLIENTS,
         "requests": len(times),
-        "wrong": len(wrong),
+        "wrong": wrong,
         "queries_per_s": round(requests / seconds),
         "p50_ms": round(times[len(times) // 2], 1),
         "p99_ms": round(times[int(0.99 * len(times))], 1),
-        "server_resident_mb": round(resident),
+        "server_resident_mb": resident_mb,
     }
 
 
-def recall(index: r.Retriever, questions: list[dict]) -> dict:
+def recall(backend: str, passages: str, questions: str, work: Path, encoder: str | None) -> dict:
     """Share of questions with an answer in the top 3 and 5 (as whole words); ms a query.
 
     Yes/no questions are left out.
     """
-    asked = []
-    for question in questions:
-        answers = {normalize(answer) for answer in question["answers"]}
-        if not answers & {"yes", "no"}:
-            asked.append((question["question"], answers))
-    index.search([asked[0][0]], 5)
-    before = time.perf_counter()
-    found = [index.search([query], 5)[0] for query, _ in asked]
-    milliseconds = 1000 * (time.perf_counter() - before) / len(asked)
-    result = {"questions": len(asked), "ms": round(milliseconds, 2)}
-    for k in (3, 5):
-        hits = 0
-        for (_, answers), passages in zip(asked, found, strict=True):
-            texts = [normalize(f"{p['title']} {p['text']}") for p in passages[:k]]
-            hits += any(f" {answer} " in f" {text} " for answer in answers for text in texts)
-        result[f"top{k}"] = round(hits / len(asked), 3)
-    return result
+    result, times, hits = {}, [], Counter()
+    if backend in FACTORIES:
+        build_dense(passages, work / "dense", encoder, backend, FACTORIES[backend])
+        index = open_retriever(str(work / "dense"))
+        vectors, encode_ms = timed(index.encoder.queries, ["a query of some words"])
+        faiss_ms = statistics.median(timed(index.index.search, vectors, 5)[1] for _ in range(100))
+        result = {"encode_ms": round(encode_ms, 1), "faiss_ms": round(faiss_ms, 3)}
+    else:
+        index = open_retriever(passages, backend)
+    index.search(["a query of some words"], 5)  # warm up
+    for question in read_questions(questions):
+        answers = question["answers"]
+        if {"yes", "no"} & {answer.lower() for answer in answers}:
+            continue
+        (found,), ms = timed(index.search, [question["question"]], 5)
+        times.append(ms)
+        matches = [best(contiguous_match, f"{p['title']} {p['text']}", answers) for p in found]
+        for k in (3, 5):
+            hits[f"top{k}"] += max(matches[:k], default=0)
+    result |= {"questions": len(times), "ms": round(statistics.mean(times), 2)}
+    return result | {name: round(count / len(times), 3) for name, count in hits.items()}
 
 
-def recall_of(backend: str, passages: str, questions: str, work: Path, encoder: str | None) -> dict:
-    if backend not in FACTORIES:
-        return recall(r.open_retriever(passages, backend), read_questions(questions))
-    folder = work / "dense"
-    r.build_dense(passages, folder, encoder, backend, FACTORIES[backend])
-    index = r.open_retriever(str(folder))
-    before = time.perf_counter()
-    vectors = index.encoder.queries(["a query of some words"])
-    result = {"encode_ms": round(1000 * (time.perf_counter() - before), 1)}
-    before = time.perf_counter()
-    for _ in range(100):
-        index.index.search(vectors, 5)
-    result["faiss_ms"] = round(10 * (time.perf_counter() - before), 3)
-    return recall(index, read_questions(questions)) | result
+def measure(
+    passages: str, questions: str, encoder: str | None, sizes: tuple, requests: int, work: Path
+) -> Iterator[tuple[str, dict]]:
+    """Yield the results by name; all arguments but `work` are those of the command."""
+    real = read_passages(passages)
+    asked = [question["question"] for question in read_questions(questions)][:300]
+    for size in sizes:
+        corpus, index = work / f"{size}.jsonl", work / f"index-{size}"
+        generate(real, size, corpus)
+        keywords = keyword_queries(corpus, 2000)
+        query_sets = {"keyword": keywords[:300], "question": asked}
+        result = run_alone(build, corpus, index)
+        result |= run_alone(search, "tantivy", corpus, index, query_sets)
+        disk = sum(file.stat().st_size for file in index.rglob("*"))
+        yield f"tantivy-{size}", result | {"disk_mb": round(disk / 2**20)}
+        yield f"server-{size}", through_server(index, keywords, requests)
+        yield f"bm25s-{size}", run_alone(search, "bm25s", corpus, index, query_sets)
+        if size <= MAX_RANK_BM25_SIZE:
+            yield f"rank-bm25-{size}", run_alone(search, "rank-bm25", corpus, index, query_sets)
+    backends = ["rank-bm25", "tantivy"]
+    if encoder:
+        backends += FACTORIES
+    for backend in backends:
+        result = run_alone(recall, backend, passages, questions, work, encoder)
+        yield f"recall-{backend}", result
 
 
-# Columns of the table by the name of the value in the results.
-COLUMNS = {
-    "build_s": "build s",
-    "disk_mb": "disk MB",
-    "open_ms": "opened in ms",
-    "resident_mb": "resident MB",
-    "queries_per_s": "queries/s, 64 clients",
-}
+def latencies(results: dict[str, dict], size: str, kind: str) -> str:
+    """Milliseconds of a query of the three BM25, as a cell of the table."""
+    cells = []
+    for backend in ("tantivy", "bm25s", "rank-bm25"):
+        result = results.get(f"{backend}-{size}")
+        cells.append(f"{result[kind]:.1f}" if result else "not run")
+    return " / ".join(cells)
 
 
 def table(results: dict[str, dict]) -> str:
     """RESULTS.md's table: tantivy by size, and its latency beside that of the others."""
-    titles = [f"{kind}, ms: tantivy / bm25s / rank-bm25" for kind in ("keyword", "question")]
-    header = ["passages", *COLUMNS.values(), *titles]
+    header = ["passages", "build s", "disk MB", "opened in ms", "resident MB"]
+    header += [f"queries/s, {CLIENTS} clients", "keyword, ms: tantivy / bm25s / rank-bm25"]
+    header += ["question, ms: tantivy / bm25s / rank-bm25"]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for name in results:
-        if not name.startswith("tantivy-"):
-            continue
-        size = int(name.removeprefix("tantivy-"))
-        row = results[name] | results[f"server-{size}"]
-        cells = [f"{size:,}", *(str(row[column]) for column in COLUMNS)]
-        for kind in ("keyword", "question"):
-            times = []
-            for backend in ("tantivy", "bm25s", "rank-bm25"):
-                ms = results.get(f"{backend}-{size}", {}).get(f"{kind}_ms")
-                times.append("not run" if ms is None else f"{ms:.1f}")
-            cells.append(" / ".join(times))
-        lines.append("| " + " | ".join(cells) + " |")
+    for name, served in results.items():
+        kind, _, size = name.rpartition("-")
+        if kind == "server":
+            row = results[f"tantivy-{size}"] | served
+            columns = ("build_s", "disk_mb", "open_ms", "resident_mb", "queries_per_s")
+            cells = [f"{int(size):,}", *(str(row[column]) for column in columns)]
+            cells += [latencies(results, size, kind) for kind in ("keyword_ms", "question_ms")]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-class Report:
-    """The results by name, printed as they come."""
-
-    def __init__(self, as_json: bool):
-        self.as_json = as_json
-        self.results: dict[str, dict] = {}
-
-    def add(self, name: str, result: dict) -> None:
-        self.results[name] = result
-        line = json.dumps({"name": name} | result) if self.as_json else f"{name:24} {result}"
-        print(line, flush=True)
-
-    def add_ratios(self) -> None:
-        """How many times longer than tantivy the other BM25 take for a keyword query."""
-        ratios = {}
-        for name, result in self.results.items():
-            backend, _, size = name.rpartition("-")
-            if backend in ("rank-bm25", "bm25s") and size.isdigit():
-                tantivy_ms = self.results[f"tantivy-{size}"]["keyword_ms"]
-                ratio = round(result["keyword_ms"] / tantivy_ms, 1)
-                ratios[f"{backend}_ms / tantivy_ms at {size}"] = ratio
-        self.add("ratios", ratios)
-
-
-def measure_bm25(
-    report: Report, size: int, corpus: Path, folder: Path, questions: list[str], requests: int
-) -> None:
-    """Measure the three BM25, and tantivy behind the server, on one generated corpus."""
-    keywords = keyword_queries(corpus, 2000)
-    query_sets = {"keyword": keywords[:300]}
-    if questions:
-        query_sets["question"] = questions
-    shutil.rmtree(folder, ignore_errors=True)
-    result = run_alone(build, corpus, folder)
-    result |= run_alone(search, "tantivy", corpus, folder, query_sets)
-    disk = sum(file.stat().st_size for file in folder.rglob("*"))
-    report.add(f"tantivy-{size}", result | {"disk_mb": round(disk / 2**20)})
-    report.add(f"server-{size}", through_server(folder, keywords, requests))
-    report.add(f"bm25s-{size}", run_alone(search, "bm25s", corpus, folder, query_sets))
-    if size <= 100_000:
-        result = run_alone(search, "rank-bm25", corpus, folder, query_sets)
-        report.add(f"rank-bm25-{size}", result)
-
-
-def measure(
+def main(
     passages: str,
-    questions: str | None = None,
+    questions: str,
     encoder: str | None = None,
     sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000),
     requests: int = 20_000,
-    work: Path = Path("/tmp/benchmark-retriever"),
     json: bool = False,
 ) -> None:
-    """Measure every backend.
-
-    Args:
-        passages: real passages (JSONL).
-        questions: questions about them, to measure recall.
-        encoder: for the recall of dense indexes.
-        sizes: passages of the generated corpora.
-        requests: through the server.
-        work: folder for corpora and indexes.
-        json: print one JSON object a line.
-    """
-    report = Report(json)
-    work.mkdir(parents=True, exist_ok=True)
-    real = read_passages(passages)
-    asked = [q["question"] for q in read_questions(questions)][:300] if questions else []
-    for size in sizes:
-        corpus = work / f"{size}.jsonl"
-        if not corpus.exists():
-            generate(real, size, corpus)
-        measure_bm25(report, size, corpus, work / f"index-{size}", asked, requests)
-    if questions:
-        backends = ["rank-bm25", "tantivy"]
-        if encoder:
-            backends += FACTORIES
-        for backend in backends:
-            result = run_alone(recall_of, backend, passages, questions, work, encoder)
-            report.add(f"recall-{backend}", result)
-    report.add_ratios()
+    results, ratios = {}, {"name": "ratios"}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, result in measure(passages, questions, encoder, sizes, requests, Path(folder)):
+            results[name] = result
+            show({"name": name} | result, json)
+    for name, result in results.items():
+        backend, _, size = name.rpartition("-")
+        if backend in ("rank-bm25", "bm25s"):
+            ratio = result["keyword_ms"] / results[f"tantivy-{size}"]["keyword_ms"]
+            ratios[f"{backend}_ms / tantivy_ms at {size}"] = round(ratio, 1)
+    show(ratios, json)
     if not json:
-        print(table(report.results))
-
-
-def main(argv: list[str] | None = None) -> None:
-    tyro.cli(measure, description=__doc__, use_underscores=True, args=argv)
+        print(table(results))
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__, use_underscores=True)

@@ -9,68 +9,62 @@ off. The process is sampled once a second; each minute has a line. The last line
 the last fifth of the samples that follow the first --settle minutes, over the first fifth.
 """
 
-import os
 import random
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from json import dumps
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
+import psutil
 import tyro
 import urllib3
 
-# A script finds the modules beside it; those of the core lie one folder up.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.measure import ROOT, search_server, show
 from records import read_passages
 from retriever import Remote, build_bm25
 from tools.search_server import MAX_BODY_BYTES, MAX_PASSAGES
 
-ROOT = Path(__file__).resolve().parent.parent
 CLIENTS = 16
+BAD_BODIES = [
+    b'{"queries":',
+    b"x" * (MAX_BODY_BYTES + 1),
+    b'{"queries": ["x"], "k": %d}' % (MAX_PASSAGES + 1),
+]
 HALF_REQUEST = b"POST /search HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
 
 
-class Sample(NamedTuple):
-    resident_mib: float
-    open_files: int
-    threads: int
+def sample(process: psutil.Process) -> tuple[float, int, int]:
+    """Resident MiB, open files and threads."""
+    return process.memory_info().rss / 2**20, process.num_fds(), process.num_threads()
 
 
-def sample(pid: int) -> Sample:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    status = dict(line.split(":", 1) for line in lines)
-    resident = int(status["VmRSS"].split()[0]) / 1024
-    return Sample(resident, len(os.listdir(f"/proc/{pid}/fd")), int(status["Threads"]))
-
-
-def describe(samples: list[Sample]) -> dict[str, float]:
-    resident = [each.resident_mib for each in samples]
+def describe(samples: list[tuple[float, int, int]]) -> dict[str, float]:
+    resident, open_files, threads = zip(*samples, strict=True)
     return {
         "resident_mib_least": round(min(resident)),
         "resident_mib_median": round(statistics.median(resident)),
         "resident_mib_greatest": round(max(resident)),
-        "open_files": statistics.median(each.open_files for each in samples),
-        "threads": statistics.median(each.threads for each in samples),
+        "open_files": statistics.median(open_files),
+        "threads": statistics.median(threads),
     }
 
 
 @contextmanager
-def training(demo: Path, folder: Path) -> Iterator[subprocess.Popen]:
+def training(demo: Path, folder: Path) -> Iterator[psutil.Popen]:
+    """The demo's stage 2; its output goes to stderr."""
     command = [sys.executable, ROOT / "train.py", "--preset=demo", "--stage=2", "--steps=100000"]
     command += [f"--model={demo}/stage1/model", f"--questions={demo}/train.jsonl"]
     command += [f"--retriever={demo}/passages.jsonl", f"--out={folder}/run"]
-    with open(folder / "log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+    process = psutil.Popen(command, stdout=sys.stderr)
     try:
         yield process
     finally:
@@ -79,25 +73,17 @@ def training(demo: Path, folder: Path) -> Iterator[subprocess.Popen]:
 
 
 @contextmanager
-def serving(demo: Path, folder: Path) -> Iterator[subprocess.Popen]:
+def serving(demo: Path, folder: Path) -> Iterator[psutil.Popen]:
     """A search server under the requests of CLIENTS threads."""
     titles = [passage["title"] for passage in read_passages(demo / "passages.jsonl")]
     build_bm25(str(demo / "passages.jsonl"), folder / "index")
-    script = ROOT / "tools" / "search_server.py"
-    command = [sys.executable, script, "--port=0", f"--index={folder}/index"]
-    with open(folder / "log", "w") as log:
-        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
-    url = server.stdout.readline().split()[-1]
     stop = threading.Event()
-    pool = ThreadPoolExecutor(CLIENTS)
-    clients = [pool.submit(send_requests, url, titles, seed, stop) for seed in range(CLIENTS)]
-    try:
-        yield server
-    finally:
-        stop.set()
-        wait(clients)
-        server.terminate()
-        server.wait()
+    with search_server(folder / "index") as (server, url), ThreadPoolExecutor(CLIENTS) as pool:
+        clients = [pool.submit(send_requests, url, titles, seed, stop) for seed in range(CLIENTS)]
+        try:
+            yield server
+        finally:
+            stop.set()
     for client in clients:
         client.result()  # raises what the client raised
 
@@ -107,49 +93,42 @@ def send_requests(url: str, queries: list[str], seed: int, stop: threading.Event
     rng = random.Random(seed)
     remote = Remote(url)
     pool = urllib3.PoolManager(retries=False)
-    host, port = url.removeprefix("http://").split(":")
+    address = urllib3.util.parse_url(url)
     while not stop.is_set():
-        match rng.randrange(40):
-            case 0:
-                pool.request("POST", f"{url}/search", body=b'{"queries":')
-            case 1:
-                pool.request("POST", f"{url}/search", body=b"x" * (MAX_BODY_BYTES + 1))
-            case 2:
-                pool.request("POST", f"{url}/search", json={"queries": ["x"] * (MAX_PASSAGES + 1)})
-            case 3:
-                with socket.create_connection((host, int(port))) as client:
-                    client.sendall(HALF_REQUEST)
-            case _:
-                remote.search(rng.choices(queries, k=rng.randint(1, 8)), 3)
+        number = rng.randrange(40)
+        if number < len(BAD_BODIES):
+            pool.request("POST", f"{url}/search", body=BAD_BODIES[number])
+        elif number == len(BAD_BODIES):
+            with socket.create_connection((address.host, address.port)) as client:
+                client.sendall(HALF_REQUEST)
+        else:
+            remote.search(rng.choices(queries, k=rng.randint(1, 8)), 3)
 
 
 def main(
     what: tyro.conf.Positional[Literal["train", "serve"]],
     minutes: float = 30,
-    settle: float = 5,  # minutes at the beginning that do not count
-    demo: Path = Path("demo"),  # the folder that `make demo` made
+    settle: float = 5,
+    demo: Path = Path("demo"),
     json: bool = False,
 ) -> None:
-    show = dumps if json else str
     start = training if what == "train" else serving
     samples = []
-    with tempfile.TemporaryDirectory() as name, start(demo.resolve(), Path(name)) as process:
+    with tempfile.TemporaryDirectory() as folder, start(demo.resolve(), Path(folder)) as process:
         begin = time.monotonic()
         while len(samples) < 60 * minutes:
             time.sleep(max(0.0, begin + len(samples) - time.monotonic()))
             if process.poll() is not None:
-                sys.exit(f"it ended by itself: {Path(name, 'log').read_text()[-2000:]}")
-            samples.append(sample(process.pid))
+                sys.exit(f"the process ended by itself with status {process.returncode}")
+            samples.append(sample(process))
             if len(samples) % 60 == 0:
-                minute = len(samples) // 60
-                print(show({"minute": minute} | describe(samples[-60:])), flush=True)
+                show({"minute": len(samples) // 60} | describe(samples[-60:]), json)
     settled = samples[int(60 * settle) :]
     fifth = -(-len(settled) // 5)
-    first = describe(settled[:fifth])
-    last = describe(settled[len(settled) - fifth :])
+    first, last = describe(settled[:fifth]), describe(settled[-fifth:])
     growth = {quantity: round(last[quantity] / first[quantity], 4) for quantity in first}
-    print(show({"name": "ratios", "what": what} | growth), flush=True)
+    show({"name": "ratios", "what": what} | growth, json)
 
 
 if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)
+    tyro.cli(main, description=__doc__, use_underscores=True)

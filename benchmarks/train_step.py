@@ -4,36 +4,41 @@
         --episodes demo/stage1/trajectories.jsonl --json
 
 The episodes are those that a run of train.py has recorded, all of them in one step. Three ways take
-turns:
+turns; their tokens are those of the episodes, each with its prompt:
 
-    step       train.py's: advantages, micro-batches, clipping, AdamW; sequences of a row share their
-               common prefix
+    step       train.py's: advantages, micro-batches, clipping, AdamW; the sequences of a row share
+               their common prefix
     unshared   the same, but every episode computes its whole sequence
     bare       what `unshared` cannot beat: the model in bf16, forward and backward, as many tokens
-               in rows of one length, the head over as many positions; no padding, no optimiser, no
-               FSDP
+               in rows of one length, the head over as many positions; no padding, optimiser or FSDP
 
-Tokens are those of the episodes, each with its prompt. The last line of --json has the ratios: the
-median, the least and the greatest.
+With --trl (`pip install trl==1.16.0`) the GRPO trainer of TRL takes turns with `step` and
+`unshared`. The recorded episodes replace its rollout, so that a step of either is advantages,
+forward, backward, clipping and AdamW, in bf16 compute over fp32 parameters. TRL pads every
+micro-batch of 8 episodes on both sides.
 """
 
 import json
 import random
 import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
 from pathlib import Path
 from unittest.mock import patch
 
 import torch
+import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import reinforce_pp
-import train
-from benchmarks.timing import arguments, compare, take_turns
+from benchmarks.measure import compare, show, take_turns
 from config import PRESETS, Config
 from policy import load_policy, peak_memory_gib, start_distributed
-from reinforce_pp import pack, token_log_probs
+from reinforce_pp import pack, plan_micro_batches, token_log_probs
 from rollout import Episode
+from train import Trainer, make_batch
 
 
 def read_episodes(path: str) -> list[Episode]:
@@ -49,25 +54,27 @@ def read_episodes(path: str) -> list[Episode]:
 
 
 class Workload:
-    """The episodes with train.py's trainer, and the bare model beside it."""
+    """The episodes with train.py's trainer, and the bare model beside it.
+
+    `step`, `unshared`, `bare` and `head` are ways: they return the number of tokens.
+    """
 
     def __init__(self, model: str, episodes: list[Episode], micro_batch_tokens: int):
         from transformers import AutoModelForCausalLM
 
         start_distributed()
-        demo = PRESETS["demo"][1] | {"model": model, "micro_batch_tokens": micro_batch_tokens}
-        demo["learning_rate"] = 1e-9
-        self.config, self.episodes = Config(**demo), episodes
-        self.trainer = train.Trainer(self.config, load_policy(model))
+        options = {"model": model, "micro_batch_tokens": micro_batch_tokens, "learning_rate": 1e-9}
+        self.config = Config(**PRESETS["demo"][1] | options)
+        self.episodes = episodes
+        self.trainer = Trainer(self.config, load_policy(model))
         self.plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
-        self.tokens = sum(len(e.token_ids) for e in episodes)
-        self.actions = sum(sum(e.action_mask) for e in episodes)
-
-    # Each way returns the number of tokens.
+        self.head_weight = self.plain.get_output_embeddings().weight
+        self.tokens = sum(len(episode.token_ids) for episode in episodes)
+        self.actions = sum(sum(episode.action_mask) for episode in episodes)
 
     def step(self) -> int:
         samples = self.config.samples_per_prompt
-        batch = train.make_batch(self.episodes, samples, self.trainer.device)
+        batch = make_batch(self.episodes, samples, self.trainer.device)
         self.trainer.compute_advantages(batch)
         self.trainer.update(batch)
         return self.tokens
@@ -77,74 +84,138 @@ class Workload:
             return self.step()
 
     def bare(self) -> int:
-        length = round(self.tokens / len(self.episodes))
-        rows, left = self.config.micro_batch_tokens // length, len(self.episodes)
-        head = self.plain.get_output_embeddings().weight
+        left = len(self.episodes)
+        length = round(self.tokens / left)
         while left:
-            count = min(rows, left)
+            count = min(max(1, self.config.micro_batch_tokens // length), left)
             left -= count
-            ids = torch.randint(len(head), (count, length))
+            ids = torch.randint(len(self.head_weight), (count, length))
             hidden = self.plain.base_model(ids, use_cache=False).last_hidden_state
             actions = self.actions * count // len(self.episodes)
-            chosen = torch.randint(count * length, (actions,))
-            targets = torch.randint(len(head), chosen.shape)
-            token_log_probs(hidden.flatten(0, 1)[chosen], head, targets).sum().backward()
+            self.backward_head(hidden.flatten(0, 1)[torch.randint(ids.numel(), (actions,))])
         self.plain.zero_grad(set_to_none=True)
         return self.tokens
 
-    def computed(self) -> tuple[int, int]:
-        """Tokens that `step` computes, with and without padding."""
-        padded = plain = 0
-        batch = train.make_batch(self.episodes, self.config.samples_per_prompt, torch.device("cpu"))
-        for rows in self.trainer.plan(batch, list(range(len(self.episodes)))):
-            sequences = []
-            for row in rows:
-                members = [self.episodes[i] for i in row]
-                sequences.append([(e.token_ids, e.action_mask) for e in members])
-            padded += pack(sequences)["input_ids"].numel()
-            plain += sum(pack([row])["input_ids"].numel() for row in sequences)
-        return padded, plain
+    def backward_head(self, hidden: torch.Tensor) -> None:
+        targets = torch.randint(len(self.head_weight), (len(hidden),))
+        token_log_probs(hidden, self.head_weight, targets).sum().backward()
 
     def head(self) -> int:
         """The head's part of `bare`."""
         size = self.plain.config.hidden_size
-        hidden = torch.randn(self.actions, size, dtype=torch.bfloat16, requires_grad=True)
-        weight = self.plain.get_output_embeddings().weight
-        targets = torch.randint(len(weight), (self.actions,))
-        token_log_probs(hidden, weight, targets).sum().backward()
+        self.backward_head(torch.randn(self.actions, size).bfloat16().requires_grad_())
         return self.tokens
 
+    def computed(self) -> tuple[int, int]:
+        """Tokens that `step` computes, with and without padding."""
+        ids = {number: episode.token_ids for number, episode in enumerate(self.episodes)}
+        padded = plain = 0
+        for rows in plan_micro_batches(ids, self.config.micro_batch_tokens):
+            packed = [[(ids[i], self.episodes[i].action_mask) for i in row] for row in rows]
+            padded += pack(packed)["input_ids"].numel()
+            plain += sum(pack([row])["input_ids"].numel() for row in packed)
+        return padded, plain
 
-def main() -> None:
-    args = arguments(
-        __doc__,
-        model="demo/stage1/model",
-        episodes="demo/stage1/trajectories.jsonl",
-        micro_batch_tokens=2048,
-    )
-    workload = Workload(args.model, read_episodes(args.episodes), args.micro_batch_tokens)
-    for way in ("step", "bare"):  # warm up
-        getattr(workload, way)()
-    ways = {way: getattr(workload, way) for way in ("step", "unshared", "bare")}
-    rates = take_turns(ways, args.repeats)
-    padded, plain = workload.computed()
-    with patch.object(reinforce_pp, "MAX_SHARED_ROW", 0):
-        padded_unshared, plain_unshared = workload.computed()
-    part = take_turns({"bare": workload.bare, "head": workload.head}, 1)
-    facts = {
-        "episodes": len(workload.episodes),
-        "tokens": workload.tokens,
-        "action_tokens": workload.actions,
-        "computed_tokens": padded,
-        "padding": 1 - plain / padded,
-        "padding_unshared": 1 - plain_unshared / padded_unshared,
-        "head_share": part["bare"][0] / part["head"][0],
-        "peak_gib": peak_memory_gib(),
-    }
-    ratios = compare(rates, "step / bare", "unshared / bare")
-    for row in (facts, {"name": "ratios"} | ratios):
-        print(json.dumps(row) if args.json else row)
+    def facts(self) -> dict[str, float]:
+        padded, plain = self.computed()
+        with patch.object(reinforce_pp, "MAX_SHARED_ROW", 0):
+            padded_unshared, plain_unshared = self.computed()
+        part = take_turns({"bare": self.bare, "head": self.head}, 1)
+        return {
+            "episodes": len(self.episodes),
+            "tokens": self.tokens,
+            "action_tokens": self.actions,
+            "computed_tokens": padded,
+            "padding": 1 - plain / padded,
+            "padding_unshared": 1 - plain_unshared / padded_unshared,
+            "head_share": part["bare"][0] / part["head"][0],
+            "peak_gib": peak_memory_gib(),
+        }
+
+    def recorded(self, prompts: list[str], trainer) -> dict[str, list]:
+        """TRL's rollout: a prompt is the number of its group, whose samples come in order."""
+        samples = self.config.samples_per_prompt
+        taken: Counter[str] = Counter()
+        columns = defaultdict(list)
+        for prompt in prompts:
+            episode = self.episodes[int(prompt) * samples + taken[prompt] % samples]
+            taken[prompt] += 1
+            start = len(episode.prompt_ids)
+            columns["prompt_ids"].append(episode.prompt_ids)
+            columns["completion_ids"].append(episode.token_ids[start:])
+            columns["logprobs"].append(episode.log_probs[start:])
+            columns["env_mask"].append(episode.action_mask[start:])  # 0 on the documents
+            columns["reward"].append(episode.rewards["reward"])
+        return columns
+
+    def beside_trl(self, repeats: int) -> dict[str, list[float]]:
+        """Rates as of `take_turns`: after each of TRL's steps `step` and `unshared` follow."""
+        from datasets import Dataset
+        from transformers import AutoTokenizer, TrainerCallback
+        from trl import GRPOConfig, GRPOTrainer
+
+        rates = defaultdict(list)
+        workload, config = self, self.config
+        groups = [str(group) for group in range(len(self.episodes) // config.samples_per_prompt)]
+
+        class TakeTurns(TrainerCallback):
+            def on_step_begin(self, *_, **__):
+                self.start = time.perf_counter()
+
+            def on_step_end(self, *_, **__):
+                rates["trl"].append(workload.tokens / (time.perf_counter() - self.start))
+                ways = {"step": workload.step, "unshared": workload.unshared}
+                for way, measured in take_turns(ways, 1).items():
+                    rates[way] += measured
+
+        options = GRPOConfig(
+            output_dir=tempfile.mkdtemp(),
+            save_strategy="no",
+            report_to=[],
+            disable_tqdm=True,
+            per_device_train_batch_size=config.samples_per_prompt,
+            gradient_accumulation_steps=len(groups),
+            num_generations=config.samples_per_prompt,
+            max_completion_length=config.max_context,
+            max_steps=repeats + 1,  # one to warm up
+            learning_rate=config.learning_rate,
+            beta=0.0,
+            temperature=config.temperature,
+            bf16=True,
+            use_cpu=True,
+            gradient_checkpointing=False,
+        )
+        trainer = GRPOTrainer(
+            model=config.model,
+            processing_class=AutoTokenizer.from_pretrained(config.model),
+            reward_funcs=lambda prompts, completions, reward, **_: reward,
+            args=options,
+            train_dataset=Dataset.from_dict({"prompt": groups}),
+            rollout_func=self.recorded,
+            callbacks=[TakeTurns()],
+        )
+        trainer.train()
+        return {way: measured[1:] for way, measured in rates.items()}
+
+
+def main(
+    model: str = "demo/stage1/model",
+    episodes: str = "demo/stage1/trajectories.jsonl",
+    micro_batch_tokens: int = 2048,
+    repeats: int = 5,
+    trl: bool = False,
+    json: bool = False,
+) -> None:
+    workload = Workload(model, read_episodes(episodes), micro_batch_tokens)
+    if trl:
+        ratios = compare(workload.beside_trl(repeats), "step / trl", "unshared / trl")
+    else:
+        ways = {"step": workload.step, "unshared": workload.unshared, "bare": workload.bare}
+        take_turns(ways, 1)  # warm up
+        ratios = compare(take_turns(ways, repeats), "step / bare", "unshared / bare")
+        show(workload.facts(), json)
+    show({"name": "ratios"} | ratios, json)
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__, use_underscores=True)

@@ -1,7 +1,7 @@
 """train.py with a fault in it: `faulty.py POINT COUNT RANK DEATH ...train.py's arguments`.
 
-At its COUNT-th call of POINT the process of RANK says the time and kills itself (DEATH "kill") or raises (DEATH "raise").
-For tests/test_train.py and benchmarks/faults.py.
+At its COUNT-th call of POINT the process of RANK prints the time and kills itself (DEATH "kill") or
+raises (DEATH "raise"). For tests/test_checkpoint.py and benchmarks/faults.py.
 """
 
 import os
@@ -10,61 +10,82 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import shutil
 
 import safetensors.torch
+from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 
 import checkpoint
 import records
 import train
+from policy import abort_process
 from rollout import Rollout
 
 
-def of_checkpoint(partial: bool) -> Callable[..., bool]:
-    """Whether a call is about a checkpoint's folder or a file in it, one that is being written or one that has its name."""
-
-    def counted(path, *_, **__) -> bool:
-        return any(part.startswith("step_") and part.endswith(".partial") == partial for part in Path(path).parts[-2:])
-
-    return counted
+def every_call(*_, **__) -> bool:
+    return True
 
 
-POINTS = {  # (owner, function), and which of its calls count, if not all
-    "rollout": (Rollout, "_absorb"),
-    "gather": (train, "gather"),
-    "backward": (train.Batch, "backward"),
-    "update": (train.nn.utils, "clip_grad_norm_"),
-    "log": (checkpoint.RunFolder, "log"),
-    "checkpoint begins": (checkpoint, "training_state"),
-    "shard serialised": (safetensors.torch, "save"),
-    "checkpoint written": (checkpoint, "fingerprint", of_checkpoint(partial=True)),
-    "checkpoint synced": (records, "sync", of_checkpoint(partial=True)),
-    "old checkpoint removed": (shutil, "rmtree", of_checkpoint(partial=False)),
-    "weight sync": (DTensor, "full_tensor"),  # parameter by parameter
-    "export": (PreTrainedConfig, "save_pretrained"),  # before the weights, and when they are written
+def of_partial_checkpoint(path: str | Path, *_, **__) -> bool:
+    """Whether the path is a checkpoint's folder while it is written, or a file in it."""
+    names = Path(path).parts[-2:]
+    return any(name.startswith("step_") and name.endswith(".partial") for name in names)
+
+
+def of_finished_checkpoint(path: str | Path, *_, **__) -> bool:
+    name = Path(path).name
+    return name.startswith("step_") and not name.endswith(".partial")
+
+
+def of_parameter(tensor: DTensor, *_, **__) -> bool:
+    return tensor.ndim > 0  # the norm of the gradient is a number
+
+
+class Point(NamedTuple):
+    owner: Any
+    function: str
+    counts: Callable[..., bool] = every_call  # whether a call with these arguments counts
+
+
+POINTS = {
+    "rollout": Point(Rollout, "_absorb"),
+    "gather": Point(train, "gather"),
+    "backward": Point(train.Trainer, "backward"),
+    "update": Point(train.nn.utils, "clip_grad_norm_"),
+    "log": Point(checkpoint.RunFolder, "log"),
+    "checkpoint begins": Point(dcp, "save"),
+    "shard serialised": Point(safetensors.torch, "save"),
+    "checkpoint written": Point(checkpoint, "fingerprint", of_partial_checkpoint),
+    "checkpoint synced": Point(records, "fsync_path", of_partial_checkpoint),
+    "old checkpoint removed": Point(shutil, "rmtree", of_finished_checkpoint),
+    "weight sync": Point(DTensor, "full_tensor", of_parameter),  # parameter by parameter
+    # Before the weights are written, and after them.
+    "export": Point(PreTrainedConfig, "save_pretrained"),
 }
 
 
 def inject(point: str, count: int, death: str) -> None:
-    owner, name, *counted = POINTS[point]
-    original, calls = getattr(owner, name), 0
+    owner, function, counts = POINTS[point]
+    original = getattr(owner, function)
+    calls = 0
 
     def wrapper(*args, **kwargs):
         nonlocal calls
-        calls += all(counts(*args, **kwargs) for counts in counted)
-        if calls != count:
+        calls += counts(*args, **kwargs)
+        if calls != count or not counts(*args, **kwargs):
             return original(*args, **kwargs)
         print(f"fault at {time.time()}", flush=True)
         if death == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         raise KeyError("a fault was injected")
 
-    setattr(owner, name, wrapper)
+    setattr(owner, function, wrapper)
 
 
 if __name__ == "__main__":
@@ -74,4 +95,4 @@ if __name__ == "__main__":
     try:
         train.main(arguments)
     except BaseException as error:
-        train.end(error)
+        abort_process(error)

@@ -1,6 +1,7 @@
-"""The run folder: resume bit for bit, damaged checkpoints, kills, full disks, one process a folder."""
+"""The run folder: resume bit for bit, damaged checkpoints, kills, full disks, locks."""
 
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -100,6 +101,15 @@ def test_a_run_folder_takes_one_process_at_a_time(world):
     train.train(steps(world, 1), Path("a"), resume=True)
 
 
+def test_a_file_system_without_locks_takes_a_run(world, monkeypatch):
+    def refuse(self):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(checkpoint.FileLock, "_acquire", refuse)
+    train.train(steps(world, 1), Path("a"))
+    assert len(metrics_of("a")) == 1
+
+
 def test_a_model_of_an_earlier_step_is_not_taken_for_that_of_the_last(world, monkeypatch):
     """A run goes on past a finished one and is killed before its export."""
     train.train(steps(world, 1), Path("a"))
@@ -163,6 +173,16 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(world, capsys,
     assert steps_kept == ["step_000002", "step_000003"]
     found, _ = checkpoint.newest_checkpoint(Path("a/checkpoints"))
     assert found.name.startswith("step_000003-")  # whole again
+
+
+def test_a_damaged_checkpoint_stays_until_the_run_goes_on(world):
+    """A refused call deletes nothing: one file too many makes a checkpoint damaged, not useless."""
+    train.train(world, Path("a"))
+    Path("a/checkpoints", checkpoint_names()[1], "stray").touch()
+    before = checkpoint_names()
+    with pytest.raises(ValueError, match="past --steps 1"):
+        train.train(steps(world, 1), Path("a"), resume=True)
+    assert checkpoint_names() == before
 
 
 def test_where_no_checkpoint_is_whole_nothing_is_begun_anew(world):

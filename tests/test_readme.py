@@ -1,137 +1,118 @@
-"""What the README says is what the code does: commands parse, metrics and files exist."""
+"""What README, RESULTS.md and docs/ say is what the code does: commands, metrics, tables, links."""
 
+import functools
 import re
+import runpy
 import shlex
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tyro
+from torch.distributed.run import get_args_parser
 
-import benchmarks.retriever as benchmark
-import data_prep
-import evaluate
-import retriever
+import config
 import train
-from tools import report, search_server
+from evaluate import read_results
+from metrics import format_cell, table
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.S)
-COMMANDS = [
-    line.split("  #")[0].strip() for block in BLOCKS for line in block.splitlines() if line.strip()
-]
+DOCUMENTS = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted(ROOT.glob("docs/*.md"))]
+README, RESULTS = (path.read_text() for path in DOCUMENTS[:2])
+TEXT = "\n".join(path.read_text() for path in DOCUMENTS)
+LINES = "".join(re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)).splitlines()
+LINES += re.findall(r"`((?:python|make) [^`]+)`", TEXT)
+COMMANDS = sorted({line for line in LINES if not line.startswith("#")})
+SCRIPTS = sorted({word for line in COMMANDS for word in line.split() if word.endswith(".py")})
+DEMO = [ROOT / "results" / "demo" / f"eval-{of}" for of in ("untrained", "stage1-8", "stage2-24")]
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_parses(command, monkeypatch, model_folder):
-    monkeypatch.setattr(train.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(
-        train.Path, "is_file", lambda self: True
-    )  # a model folder of a run that is not here
-    words = shlex.split(command)
-    if words[0] == "make":
-        assert (
-            subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True).returncode
-            == 0
-        )
-        return
-    script = next(i for i, word in enumerate(words) if word.endswith(".py"))
-    if words[0] == "torchrun":
-        from torch.distributed.run import get_args_parser
+def parse(script: str, arguments: list[str]) -> list:
+    """Parse a script's arguments for real; return what its command gets instead of running it."""
+    received = []
 
-        get_args_parser().parse_args(words[1:])
-    parse = {
-        "train.py": train.parse_arguments,
-        "evaluate.py": evaluate.parse_arguments,
-        "data_prep.py": data_prep.parse_arguments,
-        "retriever.py": retriever.parse_arguments,
-        "tools/report.py": report.parse_arguments,
-        "tools/search_server.py": search_server.parse_arguments,
-        "benchmarks/retriever.py": benchmark.parse_arguments,
-    }
-    parse[words[script]](words[script + 1 :])
+    def silence(command):  # `wraps`: tyro reads the parameters of the original
+        return functools.wraps(command)(lambda *args, **kw: received.extend([*args, *kw.values()]))
+
+    def cli(command, original=tyro.cli, **options):
+        original(silence(command), **options)
+
+    def from_dict(commands, original=tyro.extras.subcommand_cli_from_dict, **options):
+        original({name: silence(commands[name]) for name in commands}, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tyro, "cli", cli)
+        patch.setattr(tyro.extras, "subcommand_cli_from_dict", from_dict)
+        patch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    return received
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_every_command_parses(line, monkeypatch):
+    program, *words = shlex.split(line.removeprefix(".venv/bin/"), comments=True)
+    if program == "torchrun":
+        options = get_args_parser().parse_args(words)
+        words = [options.training_script, *options.training_script_args]
+    script, *arguments = words
+    if program == "make":
+        subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, check=True)
+    elif script == "train.py":
+        monkeypatch.setattr(config.torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(config.Path, "is_file", lambda path: True)  # the model of stage 1
+        config.parse_arguments(arguments, "")
+    else:
+        assert parse(script, arguments) or script == "benchmarks/dense_memory.py"  # has no options
 
 
 def test_the_demo_evaluates_with_the_limits_it_trains_with():
-    """They stand in the preset and in the Makefile; in the official code training and evaluation drifted apart."""
-    lines = subprocess.run(
-        ["make", "-n", "demo"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.splitlines()
-    commands = [shlex.split(line)[2:] for line in lines if "evaluate.py run" in line]
-    assert len(commands) == 3
-    for command in commands:
-        args = evaluate.parse_arguments(command)
-        for name in (
-            "documents_per_search",
-            "max_searches",
-            "max_turn_tokens",
-            "max_context",
-            "prompt_file",
-        ):
-            assert (
-                getattr(args, name)
-                == train.PRESETS["demo"][1][name]
-                == train.PRESETS["demo"][2][name]
-            )
-
-
-def test_there_are_commands():
-    assert len(COMMANDS) > 8
-
-
-SCRIPTS = [
-    "train.py",
-    "evaluate.py",
-    "data_prep.py",
-    "retriever.py",
-    "tools/demo.py",
-    "tools/report.py",
-    "tools/search_server.py",
-]
-BENCHMARKS = "retriever rollout train_step trl_step log_probs difficulty faults soak"
-SCRIPTS += [f"benchmarks/{name}.py" for name in BENCHMARKS.split()]
+    """They stand in the preset and in the Makefile."""
+    shown = subprocess.check_output(["make", "-n", "demo"], cwd=ROOT, text=True)
+    lines = [shlex.split(line) for line in shown.splitlines() if "evaluate.py run" in line]
+    assert len(lines) == len(DEMO)
+    names = "documents_per_search max_searches max_turn_tokens max_context prompt_file".split()
+    for _, script, *arguments in lines:
+        [evaluation] = parse(script, arguments)
+        values = vars(evaluation) | vars(evaluation.rollout_limits)
+        for preset in config.PRESETS["demo"].values():
+            assert [values[name] for name in names] == [preset[name] for name in names]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help(script):
-    result = subprocess.run(
-        [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert result.returncode == 0 and "usage" in result.stdout
+    shown = subprocess.check_output([sys.executable, script, "--help"], cwd=ROOT, text=True)
+    assert "usage" in shown or script == "benchmarks/dense_memory.py"
 
 
-def test_every_metric_is_defined(model_folder, tmp_path, monkeypatch):
-    """The README's table and a run's metrics.jsonl name the same things."""
-    import dataclasses
-    import json
-
-    from tiny import make_world
-
-    monkeypatch.chdir(tmp_path)
-    world = dataclasses.replace(
-        make_world(tmp_path, model_folder), steps=1, eval_every=1, eval_questions="q.jsonl"
-    )
-    train.train(world, Path("run"), False, None)
-    logged = {
-        re.sub(r"^eval_.*", "eval_...", name)
-        for name in json.loads(Path("run/metrics.jsonl").read_text())
-    }
-    logged = {re.sub(r"^failed_.*", "failed_RULE", name) for name in logged}
-    section = README.split("## Metrics")[1].split("\n## ")[0]
-    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
-    assert logged == {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+def test_every_metric_is_defined(world):
+    train.train(replace(world, steps=1, eval_every=1, eval_questions="q.jsonl"), Path("run"))
+    logged = re.findall(r'"(\w+)":', Path("run/metrics.jsonl").read_text())
+    logged = {re.sub("^eval_.*", "eval_...", name) for name in logged}
+    logged = {re.sub("^failed_.*", "failed_RULE", name) for name in logged}
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE)
+    assert logged == {name for row in rows for name in re.findall(r"`(.+?)`", row)}
 
 
-def test_the_demo_table_is_that_of_the_saved_run():
-    folders = [
-        ROOT / "results" / "demo" / name
-        for name in ("eval-untrained", "eval-stage1-8", "eval-stage2-24")
-    ]
-    table = evaluate.table(evaluate.read_results(folders))
-    assert table in README and table in (ROOT / "RESULTS.md").read_text()
+def test_the_demos_results_are_those_of_the_saved_run():
+    results = read_results(DEMO)
+    assert table(results) in RESULTS
+    (row,) = [line for line in README.splitlines() if line.startswith("| demo")]
+    measured = [format_cell("f1", results[f"{folder.name} all"]["f1"]) for folder in DEMO]
+    assert re.findall(r"[0-9.]+%", row) == measured
 
 
-def test_every_link_leads_somewhere():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_link_leads_somewhere(document):
+    for link in re.findall(r"\]\(([^):]+)\)", document.read_text()):
+        target, _, anchor = link.partition("#")
+        linked = document.parent / target if target else document
+        assert linked.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)", linked.read_text(), re.MULTILINE)
+            assert anchor in [heading.lower().replace(" ", "-") for heading in headings], link
+
+
+def test_the_readme_is_short():
+    assert len(README.split()) <= 1800

@@ -1,0 +1,62 @@
+"""What the benchmarks share: printed rows, ways that take turns, a search server."""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def show(row: dict, as_json: bool) -> None:
+    print(json.dumps(row) if as_json else row, flush=True)
+
+
+def take_turns(ways: dict[str, Callable[[], int]], repeats: int) -> dict[str, list[float]]:
+    """Tokens a second of each way in each of `repeats` rounds.
+
+    Args:
+        ways: functions that return a number of tokens. Every other round calls them in the
+            opposite order.
+    """
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    order = list(ways)
+    for _ in range(repeats):
+        for name in order:
+            start = time.perf_counter()
+            tokens = ways[name]()
+            rates[name].append(tokens / (time.perf_counter() - start))
+        order.reverse()
+    return rates
+
+
+def compare(rates: dict[str, list[float]], *pairs: str) -> dict[str, float | list[float]]:
+    """Median rates, and for each pair "a / b" the median, least and greatest ratio of a round."""
+    result: dict = {}
+    for name, values in rates.items():
+        result[f"{name}_tokens_per_s"] = round(statistics.median(values), 1)
+    for pair in pairs:
+        a, b = pair.split(" / ")
+        ratios = [x / y for x, y in zip(rates[a], rates[b], strict=True)]
+        summary = (statistics.median(ratios), min(ratios), max(ratios))
+        result[pair] = [round(ratio, 3) for ratio in summary]
+    return result
+
+
+@contextmanager
+def search_server(index: Path) -> Iterator[tuple[psutil.Popen, str]]:
+    """A search server of an index in a process of its own; its process and its URL."""
+    script = ROOT / "tools" / "search_server.py"
+    command = [sys.executable, script, "--index", index, "--port", "0"]
+    server = psutil.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        yield server, server.stdout.readline().split()[-1]
+    finally:
+        server.terminate()
+        server.wait()

@@ -6,7 +6,8 @@ log-probabilities of sampled tokens only:
 
     1. KL estimators       lr = log pi_old - log pi_ref
                            k1 = lr,  k2 = lr^2 / 2,  k3 = exp(-lr) - 1 + lr,  within +-10
-    2. token reward        r_t = -beta k1_t on every action token, plus r on the last one
+    2. token reward        r_t = -beta k1_t on every action token, plus r on the last one, where r
+                           has passed the baseline of 4
     3. return              G_t = sum of r_s over the action tokens s >= t   (gamma = 1)
     4. group baseline      reinforce++: r;  reinforce++_baseline: r - mean of the group;
                            grpo: (r - mean of the group) / (std of the group + eps)

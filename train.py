@@ -278,13 +278,13 @@ class Trainer:
         for rows in tqdm(plan, "train", unit="micro-batch", leave=False, disable=self.rank > 0):
             log_probs, index = self.forward(self.policy, batch, rows)
             old = log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs[index]
-            sampler = batch.sampler_log_probs[index]
+            sampler_log_probs = batch.sampler_log_probs[index]
             loss, clipped = policy_loss(
                 log_probs,
                 old,
                 batch.advantages[index],
                 config.clip_eps,
-                sampler if config.sampler_clip else None,
+                sampler_log_probs if config.sampler_clip else None,
                 config.sampler_clip,
             )
             kl = torch.zeros_like(old)
@@ -295,7 +295,7 @@ class Trainer:
                     loss = loss + config.kl_coef * estimate
             # FSDP averages gradients over the ranks, and Eq. 8 is a sum over all of them.
             (loss.sum() / action_tokens * self.world).backward()
-            gap = (old - sampler).abs()
+            gap = (old - sampler_log_probs).abs()
             tokens = torch.ones_like(old)
             totals += torch.stack([clipped.sum(), gap.sum(), kl.sum(), tokens.sum()])
         return totals

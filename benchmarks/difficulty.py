@@ -35,12 +35,9 @@ def never_right(*arguments) -> dict:
 
 
 def main(
-    demo: Path = Path("demo"),
-    model: str = "demo/stage1/model",
-    questions: int = 60,
-    max_rollouts: int = 10,
-    json: bool = False,
-) -> None:
+    demo: Path = Path("demo"), model: str = "demo/stage1/model", questions: int = 60,
+    max_rollouts: int = 10, json: bool = False,
+) -> None:  # fmt: skip
     asked = read_questions(demo / "train.jsonl")[:questions]
     search = open_retriever(str(demo / "passages.jsonl")).search
     rollout, encode = open_rollout(model, search, TAGS, PROMPTS["demo"], LIMITS)

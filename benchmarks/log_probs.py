@@ -20,8 +20,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.measure import show
-from policy import peak_memory_gib
+from benchmarks.measure import peak_mib, show
 from reinforce_pp import token_log_probs
 
 
@@ -30,54 +29,43 @@ def straightforward(hidden: Tensor, head: Tensor, targets: Tensor, temperature=1
     return log_probs.gather(-1, targets[:, None])[:, 0]
 
 
-def measure(function, hidden: Tensor, head: Tensor, targets: Tensor):
+def measure(function, *inputs: Tensor) -> tuple[float, float, list[Tensor]]:
     """Seconds, peak GiB, and log-probabilities with the gradients of hidden states and head."""
-    inputs = [hidden.clone().requires_grad_(), head.clone().requires_grad_()]
+    hidden, head, targets = inputs
+    hidden, head = hidden.clone().requires_grad_(), head.clone().requires_grad_()
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = psutil.Process().memory_info().rss / 2**30
+    before = psutil.Process().memory_info().rss / 2**20
     start = time.perf_counter()
-    log_probs = function(*inputs, targets)
+    log_probs = function(hidden, head, targets)
     (log_probs * torch.linspace(-1, 1, len(targets))).mean().backward()
     seconds = time.perf_counter() - start
-    gib = peak_memory_gib() - before
-    return seconds, gib, [log_probs.detach(), *(tensor.grad for tensor in inputs)]
-
-
-def largest_error(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    """Relative to the largest entry: gradients of a mean over thousands of tokens are small."""
-    errors = [(a - b).abs().max() / b.abs().max() for a, b in zip(ours, theirs, strict=True)]
-    return float(max(errors))
+    gib = (peak_mib() - before) / 1024
+    return seconds, gib, [log_probs.detach(), hidden.grad, head.grad]
 
 
 def main(
-    tokens: int = 8192,
-    vocabulary: int = 152_064,
-    hidden: int = 512,
-    repeats: int = 3,
+    tokens: int = 8192, vocabulary: int = 152_064, hidden: int = 512, repeats: int = 3,
     json: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     torch.manual_seed(0)
-    states = torch.randn(tokens, hidden)
     head = torch.randn(vocabulary, hidden) / hidden**0.5
-    targets = torch.randint(vocabulary, (tokens,))
-    rounds = []
+    inputs = (torch.randn(tokens, hidden), head, torch.randint(vocabulary, (tokens,)))
+    times, memories, errors = [], [], []
     for number in range(repeats):
-        row = {"name": f"round {number + 1}"}
-        row["seconds"], row["gib"], ours = measure(token_log_probs, states, head, targets)
-        seconds, gib, theirs = measure(straightforward, states, head, targets)
-        row |= {"straightforward_seconds": seconds, "straightforward_gib": gib}
-        row["largest_error"] = largest_error(ours, theirs)
+        seconds, gib, ours = measure(token_log_probs, *inputs)
+        row = {"name": f"round {number + 1}", "seconds": seconds, "gib": gib}
+        plain_seconds, plain_gib, theirs = measure(straightforward, *inputs)
+        row |= {"straightforward_seconds": plain_seconds, "straightforward_gib": plain_gib}
+        times.append(seconds / plain_seconds)
+        memories.append(gib / plain_gib)
+        # Relative to the largest entry: gradients of a mean over thousands of tokens are small.
+        for a, b in zip(ours, theirs, strict=True):
+            errors.append(float((a - b).abs().max() / b.abs().max()))
         del ours, theirs
-        rounds.append(row)
         show(row, json)
-    ratios = {
-        "name": "ratios",
-        "time": statistics.median(r["seconds"] / r["straightforward_seconds"] for r in rounds),
-        "memory": statistics.median(r["gib"] / r["straightforward_gib"] for r in rounds),
-        "largest_error": max(r["largest_error"] for r in rounds),
-    }
-    show(ratios, json)
+    ratios = {"time": statistics.median(times), "memory": statistics.median(memories)}
+    show({"name": "ratios"} | ratios | {"largest_error": max(errors)}, json)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What the benchmarks share: printed rows, ways that take turns, a search server."""
+"""What the benchmarks share: printed rows, ways that take turns, memory, a search server."""
 
 import json
 import statistics
@@ -47,6 +47,13 @@ def compare(rates: dict[str, list[float]], *pairs: str) -> dict[str, float | lis
         summary = (statistics.median(ratios), min(ratios), max(ratios))
         result[pair] = [round(ratio, 3) for ratio in summary]
     return result
+
+
+def peak_mib() -> float:
+    """Peak of this process's resident memory; getrusage would count that of its parent too."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (peak,) = [line.split()[1] for line in lines if line.startswith("VmHWM")]
+    return int(peak) / 1024
 
 
 @contextmanager

@@ -92,8 +92,7 @@ def training(
     whole_head = patch.object(policy, "token_log_probs", straightforward)
     with mode, nullcontext() if chunked else whole_head:
         sampled = context // 2
-        mask = [0] * (context - sampled) + [1] * sampled
-        inputs = pack([[([0] * context, mask)]])
+        inputs = pack([[([0] * context, [0] * (context - sampled) + [1] * sampled)]])
         for parameter in trainer.policy.parameters():
             parameter.grad = torch.zeros_like(parameter)
         # Makes the moments; and DTensor works out its shapes here, where nothing counts them.
@@ -125,8 +124,8 @@ def simulate(*case) -> dict[str, float]:
         "optimizer": peak["OptState"],
         "activations": peak["Activation"] + peak["Inputs"] + peak["Buffer"],
     }
-    temporary = peak["Total"] - sum(found.values())
-    return found | {"temporary": temporary, "total": peak["Total"], "start": start}
+    found["temporary"] = peak["Total"] - sum(found.values())
+    return found | {"total": peak["Total"], "start": start}
 
 
 def simulate_row(name: str, ranks: int, context: int, case: str) -> dict:
@@ -155,16 +154,16 @@ def table(rows: list[dict]) -> str:
         cells = [first["model"], str(first["ranks"]), f"{first['rolling_out']:.0f}"]
         cells.append(f"{first['context']:,}")
         for row in rows[start : start + len(CASES)]:
-            total = f"{row['total']:.0f}"
-            cells.append(total if row["total"] < CARD / 1e9 else f"({total})")
+            fits = row["total"] < CARD / 1e9
+            cells.append(f"{row['total']:.0f}" if fits else f"({row['total']:.0f})")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main(json: bool = False) -> None:
     rows = []
-    for case in tqdm(list(product(MODELS, RANKS, CONTEXTS, CASES)), disable=json):
-        rows.append(simulate_row(*case))
+    for setting in tqdm(list(product(MODELS, RANKS, CONTEXTS, CASES))):
+        rows.append(simulate_row(*setting))
         if json:
             show(rows[-1], json)
     if not json:

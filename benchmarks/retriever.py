@@ -11,7 +11,6 @@ the ratios: how many times as long as tantivy the other BM25 take for a keyword 
 
 import json
 import random
-import resource
 import statistics
 import sys
 import tempfile
@@ -30,7 +29,7 @@ import tyro
 # Before this file's folder: the retriever that is measured has this file's name.
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.measure import search_server, show
+from benchmarks.measure import peak_mib, search_server, show
 from bm25 import BM25, STOP_WORDS, tokenize
 from records import Passage, read_passages, read_questions, scan_passages
 from retriever import Remote, build_bm25, build_dense, open_retriever
@@ -38,7 +37,6 @@ from reward import best, contiguous_match
 
 CLIENTS = 64
 MAX_RANK_BM25_SIZE = 100_000  # passages; a query of a million takes rank-bm25 seconds
-RANK_BM25_QUERIES = 20  # they are slow
 # faiss factories whose recall is measured, and the parameters of each.
 FACTORIES = {"Flat": "", "HNSW32": "efSearch=64", "IVF64,Flat": "nprobe=8", "IVF64,SQ8": "nprobe=8"}
 
@@ -103,13 +101,9 @@ class BM25S:
         return self.index.retrieve(self.tokenize(queries), k=k, show_progress=False)[0]
 
 
-def peak_mb() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
-
-
 def build(corpus: Path, folder: Path) -> dict:
     _, ms = timed(build_bm25, str(corpus), folder)
-    return {"build_s": round(ms / 1000, 1), "build_peak_mb": peak_mb()}
+    return {"build_s": round(ms / 1000, 1), "build_peak_mb": round(peak_mib())}
 
 
 def search(backend: str, corpus: Path, folder: Path, query_sets: dict[str, list[str]]) -> dict:
@@ -122,12 +116,13 @@ def search(backend: str, corpus: Path, folder: Path, query_sets: dict[str, list[
     result = {"open_ms": round(ms, 1)}
     for name, queries in query_sets.items():
         index.search(queries[-1:], 5)  # warm up
-        asked = queries[:RANK_BM25_QUERIES] if backend == "rank-bm25" else queries
-        times = sorted(timed(index.search, [query], 5)[1] for query in asked)
+        if backend == "rank-bm25":
+            queries = queries[:20]  # they are slow
+        times = sorted(timed(index.search, [query], 5)[1] for query in queries)
         result[f"{name}_ms"] = round(statistics.median(times), 3)
         result[f"{name}_p95_ms"] = round(times[int(0.95 * len(times))], 3)
     resident_mb = psutil.Process().memory_info().rss >> 20
-    return result | {"resident_mb": resident_mb, "peak_mb": peak_mb()}
+    return result | {"resident_mb": resident_mb, "peak_mb": round(peak_mib())}
 
 
 def through_server(folder: Path, queries: list[str], requests: int) -> dict:
@@ -219,10 +214,11 @@ def latencies(results: dict[str, dict], size: str, kind: str) -> str:
 
 def table(results: dict[str, dict]) -> str:
     """RESULTS.md's table: tantivy by size, and its latency beside that of the others."""
-    header = ["passages", "build s", "disk MB", "opened in ms", "resident MB"]
-    header += [f"queries/s, {CLIENTS} clients", "keyword, ms: tantivy / bm25s / rank-bm25"]
-    header += ["question, ms: tantivy / bm25s / rank-bm25"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    lines = [
+        "| passages | build s | disk MB | opened in ms | resident MB | queries/s, 64 clients "
+        "| keyword, ms: tantivy / bm25s / rank-bm25 | question, ms: tantivy / bm25s / rank-bm25 |",
+        "|" + "---|" * 8,
+    ]
     for name, served in results.items():
         kind, _, size = name.rpartition("-")
         if kind == "server":
@@ -235,13 +231,10 @@ def table(results: dict[str, dict]) -> str:
 
 
 def main(
-    passages: str,
-    questions: str,
-    encoder: str | None = None,
-    sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000),
-    requests: int = 20_000,
+    passages: str, questions: str, encoder: str | None = None,
+    sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000), requests: int = 20_000,
     json: bool = False,
-) -> None:
+) -> None:  # fmt: skip
     results, ratios = {}, {"name": "ratios"}
     with tempfile.TemporaryDirectory() as folder:
         for name, result in measure(passages, questions, encoder, sizes, requests, Path(folder)):

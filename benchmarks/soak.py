@@ -106,12 +106,9 @@ def send_requests(url: str, queries: list[str], seed: int, stop: threading.Event
 
 
 def main(
-    what: tyro.conf.Positional[Literal["train", "serve"]],
-    minutes: float = 30,
-    settle: float = 5,
-    demo: Path = Path("demo"),
-    json: bool = False,
-) -> None:
+    what: tyro.conf.Positional[Literal["train", "serve"]], minutes: float = 30, settle: float = 5,
+    demo: Path = Path("demo"), json: bool = False,
+) -> None:  # fmt: skip
     start = training if what == "train" else serving
     samples = []
     with tempfile.TemporaryDirectory() as folder, start(demo.resolve(), Path(folder)) as process:

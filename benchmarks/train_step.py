@@ -199,13 +199,9 @@ class Workload:
 
 
 def main(
-    model: str = "demo/stage1/model",
-    episodes: str = "demo/stage1/trajectories.jsonl",
-    micro_batch_tokens: int = 2048,
-    repeats: int = 5,
-    trl: bool = False,
-    json: bool = False,
-) -> None:
+    model: str = "demo/stage1/model", episodes: str = "demo/stage1/trajectories.jsonl",
+    micro_batch_tokens: int = 2048, repeats: int = 5, trl: bool = False, json: bool = False,
+) -> None:  # fmt: skip
     workload = Workload(model, read_episodes(episodes), micro_batch_tokens)
     if trl:
         ratios = compare(workload.beside_trl(repeats), "step / trl", "unshared / trl")

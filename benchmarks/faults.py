@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import chdir
 from pathlib import Path
 
 import psutil
@@ -109,38 +110,45 @@ def resume(
 def main(
     kills: int = 24, steps: int = 8, seed: int = 0, engine: str = "vllm", json: bool = False
 ) -> None:
+    """Run until there are enough kills, and one at each point: --steps must be at least 6.
+
+    Earlier no checkpoint is removed.
+    """
     os.environ["OMP_NUM_THREADS"] = "1"
-    os.chdir(tempfile.mkdtemp())
-    make_model(Path("tiny"))
-    world = make_world(Path("."), "tiny")
-    config = dataclasses.replace(world, engine=engine, steps=steps, **TRAINING)
     rng = random.Random(seed)
     points = rng.sample(list(POINTS), len(POINTS))
     seconds, unbroken = {}, {}
-    for ranks in (1, 2):
-        begin = time.monotonic()
-        status = launch(config, ranks, f"unbroken{ranks}", [], None)
-        assert status == 0, Path(f"unbroken{ranks}.log").read_text()
-        seconds[ranks] = time.monotonic() - begin
-        unbroken[ranks] = results_of(f"unbroken{ranks}")
-        show({"ranks": ranks, "steps": steps, "seconds": round(seconds[ranks], 1)}, json)
-    killed, chain, ended, all_equal = 0, 0, True, True
-    while killed < kills or points or not ended:
-        chain += ended
-        ranks = 1 + chain % 2
-        limit, fault = None, []
-        if rng.random() < 0.5:
-            limit = rng.uniform(0.3, 1.0) * seconds[ranks]  # before that the run is starting
-        else:
-            fault = choose_fault(rng, points, ranks)
-        row = resume(config, ranks, f"chain{chain}", fault, limit, unbroken[ranks])
-        ended = row["ended"]
-        killed += not ended
-        if fault and not ended:
-            points = [point for point in points if point != fault[0]]
-        all_equal &= row["equal"]
-        show({"chain": chain, "kills": killed} | row, json)
-    show({"name": "all", "kills": killed, "runs": chain, "equal": all_equal}, json)
+    killed = runs = 0
+    all_equal = True
+    with tempfile.TemporaryDirectory() as folder, chdir(folder):
+        make_model(Path("tiny"))
+        world = make_world(Path("."), "tiny")
+        config = dataclasses.replace(world, engine=engine, steps=steps, **TRAINING)
+        for ranks in (1, 2):
+            begin = time.monotonic()
+            status = launch(config, ranks, f"unbroken{ranks}", [], None)
+            assert status == 0, Path(f"unbroken{ranks}.log").read_text()
+            seconds[ranks] = time.monotonic() - begin
+            unbroken[ranks] = results_of(f"unbroken{ranks}")
+            show({"ranks": ranks, "steps": steps, "seconds": round(seconds[ranks], 1)}, json)
+        while killed < kills or points:
+            runs += 1
+            ranks = 1 + runs % 2
+            ended = False
+            while not ended:
+                limit, fault = None, []
+                if rng.random() < 0.5:
+                    limit = rng.uniform(0.3, 1.0) * seconds[ranks]  # before that it is starting
+                else:
+                    fault = choose_fault(rng, points, ranks)
+                row = resume(config, ranks, f"run{runs}", fault, limit, unbroken[ranks])
+                ended = row["ended"]
+                if not ended:
+                    killed += 1
+                    points = [point for point in points if point not in fault]
+                all_equal = all_equal and row["equal"]
+                show({"run": runs, "kills": killed} | row, json)
+    show({"name": "all", "kills": killed, "runs": runs, "equal": all_equal}, json)
     sys.exit(0 if all_equal else 1)
 
 

@@ -121,7 +121,7 @@ class Dense:
         with reraise_corrupt(index):
             self.index = faiss.read_index(str(index), faiss.IO_FLAG_MMAP_IFC)
         try:
-            faiss.ParameterSpace().set_index_parameters(self.index, parameters)
+            faiss.ParameterSpace().set_index_parameters(self.index, replace_surrogates(parameters))
         except RuntimeError as error:
             reason = str(error).splitlines()[-1]
             raise ValueError(f"{index}: faiss refuses {parameters!r}: {reason}") from None

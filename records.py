@@ -146,12 +146,12 @@ class Journal:
             with reraise_corrupt(path, "remove it to begin again"):
                 before, *self.records = [json.loads(line) for line in lines]
                 before = dict(before)
+                json.dumps(self.records, ensure_ascii=False).encode()  # no lone surrogates
         for name in before | settings:
             if before.get(name) != settings.get(name):
-                raise ValueError(
-                    f"{path}: begun with {name} {before.get(name)}, not {settings.get(name)}; "
-                    "remove it to begin again"
-                )
+                change = f"{name!s:.50} {before.get(name)!s:.200}, not {settings.get(name)!s:.200}"
+                change = " ".join(change.split())  # one line, whatever a foreign file holds
+                raise ValueError(f"{path}: begun with {change}; remove it to begin again")
         write_jsonl(path, [settings, *self.records])
         self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 a line at a time
 

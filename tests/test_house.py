@@ -86,11 +86,11 @@ def size_of(path: Path) -> Size:
 
 GROUPS = {  # files, most lines, most tokens
     "the algorithm": ([f"{name}.py" for name in ALGORITHM], 1_650, 10_000),
-    "all flat modules": ([f"{name}.py" for name in MODULES], 4_650, 26_200),
+    "all flat modules": ([f"{name}.py" for name in MODULES], 4_650, 26_300),
     "tools": ([f"tools/{name}.py" for name in TOOLS], 900, None),
     "benchmarks": (
         sorted(f"benchmarks/{p.name}" for p in ROOT.glob("benchmarks/*.py")),
-        1200,
+        1_365,
         None,
     ),
 }

@@ -12,7 +12,7 @@ REQUIREMENTS := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo requirem
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 
 DEMO := demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
-DATA := --retriever $(DEMO)/passages.jsonl --prompt_file demo
+DATA := --retriever $(DEMO)/passages.jsonl --prompt_file $(DEMO)/prompt.txt
 LIMITS := --documents_per_search 1 --max_searches 3 --max_turn_tokens 48 --max_context 768
 TRAIN = $(BIN)/torchrun --standalone --nproc-per-node 1 train.py --preset demo --resume --seed $(SEED) $(DATA) \
 	--questions $(DEMO)/train.jsonl

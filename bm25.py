@@ -1,8 +1,10 @@
 """BM25 search: rank-bm25 is the readable reference, tantivy is fast and searches on disk."""
 
 import json
+import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,14 +14,29 @@ import numpy as np
 
 from records import Passage, replace_surrogates, reraise_corrupt
 
+# Words that a query leaves out unless it has no others. They cost most of a search's time and
+# change recall by less than .01 (RESULTS.md has the measurement). Words that are also names, or
+# their main part ("Will Smith", "The Who", "Her Greatest Love"), are searched: they are rarer.
+STOP_WORDS = """
+    a an and are as at be by for from in is of on or that the to was were which with
+""".split()
+
 
 def tokenize(text: str) -> list[str]:
     """Lower-case words; the same for passages and queries."""
-    return re.findall(r"\w+", text.lower())
+    return re.findall(r"[^\W_]+", text.lower())
+
+
+def leave_stop_words_out(words: list[str]) -> list[str]:
+    """The words of a query that are searched."""
+    return [word for word in words if word not in STOP_WORDS] or words
 
 
 class BM25:
-    """Okapi BM25 over title and text with rank-bm25: the readable reference, for small corpora."""
+    """Okapi BM25 over title and text with rank-bm25: the readable reference, for small corpora.
+
+    It ranks as `TantivyBM25` does, with the exact length of each passage, which tantivy rounds.
+    """
 
     def __init__(self, passages: list[Passage]):
         from rank_bm25 import BM25Okapi
@@ -27,57 +44,55 @@ class BM25:
         self.passages = passages
         documents = [tokenize(f"{passage['title']} {passage['text']}") for passage in passages]
         # A corpus without any word would break rank-bm25.
-        self.index = BM25Okapi([words or [""] for words in documents])
+        self.index = BM25Okapi([words or [""] for words in documents], k1=1.2)
+        # Its idf falls below 0 for words of more than half of the passages. This one never does.
+        counts = Counter(word for words in documents for word in set(words))
+        for word, count in counts.items():
+            rest = len(documents) - count
+            self.index.idf[word] = math.log(1 + (rest + 0.5) / (count + 0.5))
 
     def search(self, queries: list[str], k: int) -> list[list[Passage]]:
-        """The k best passages of each query, ties in corpus order; fewer in a smaller corpus."""
+        """The k best passages of each query; fewer where fewer share a word with the query.
+
+        Ties are in corpus order.
+        """
         return [self._search_one(query, k) for query in queries]
 
     def _search_one(self, query: str, k: int) -> list[Passage]:
-        scores = self.index.get_scores(tokenize(query))
-        best = (-scores).argsort(kind="stable")[:k]
-        return [self.passages[row] | {"score": float(scores[row])} for row in best]
+        scores = self.index.get_scores(leave_stop_words_out(tokenize(query)))
+        best = (-scores.round(SCORE_DIGITS)).argsort(kind="stable")[:k]
+        return [
+            self.passages[row] | {"score": float(scores[row])} for row in best if scores[row] > 0
+        ]
 
 
-# Words that a query leaves out: they cost most of a search's time and do not change recall
-# (RESULTS.md has the measurement).
-STOP_WORDS = """
-    a also an and are as at be been but by did do does for from had has have he her his how if in
-    into is it its no not of on or she such that the their then there these they this to was were
-    what when where which who whom whose why will with
-""".split()
 # How many hits are fetched at most to put ties into corpus order: a word that 300,000 similar
 # passages share would cost seconds otherwise.
 MAX_TIES = 1000
-# Two tantivy scores closer than 10^-SCORE_DIGITS count as a tie.
+# Two scores closer than 10^-SCORE_DIGITS count as a tie.
 SCORE_DIGITS = 4
 
 
 class TantivyBM25:
     """Okapi BM25 (k1 = 1.2, b = 0.75) over title and text with tantivy.
 
-    The index is built from a stream and searched where it lies on disk. Every word is indexed; a
-    query leaves its stop words out, unless it has no other words.
+    The index is built from a stream and searched where it lies on disk. Every word is indexed.
     """
 
     def __init__(self, index):
-        import tantivy
-
         self.schema = index.schema
         self.searcher = index.searcher()
-        self.all_words = self._analyzer()
-        self.content_words = self._analyzer(tantivy.Filter.custom_stopword(STOP_WORDS))
+        self.analyzer = self._analyzer()
         # Threads help because tantivy releases the interpreter's lock while it searches.
         self._pool = ThreadPoolExecutor(thread_name_prefix="bm25")
 
     @staticmethod
-    def _analyzer(*filters):
+    def _analyzer():
         import tantivy
 
         builder = tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.simple())
-        for each in (tantivy.Filter.remove_long(64), tantivy.Filter.lowercase(), *filters):
-            builder = builder.filter(each)
-        return builder.build()
+        builder = builder.filter(tantivy.Filter.remove_long(64))
+        return builder.filter(tantivy.Filter.lowercase()).build()
 
     @classmethod
     def build(cls, passages: Iterable[Passage], folder: Path | None = None) -> "TantivyBM25":
@@ -138,9 +153,8 @@ class TantivyBM25:
         """
         from tantivy import Occur, Query
 
-        query = replace_surrogates(query)
         terms = []
-        for word in self.content_words.analyze(query) or self.all_words.analyze(query):
+        for word in leave_stop_words_out(self.analyzer.analyze(replace_surrogates(query))):
             terms.append((Occur.Should, Query.term_query(self.schema, "words", word, "freq")))
         any_word = Query.boolean_query(terms)
         limit = k + 1

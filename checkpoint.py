@@ -1,16 +1,17 @@
 """The run folder of train.py: configuration, logs, checkpoints, resume and the exported model.
 
-    config.json            the options of the run, and fingerprints of its questions and prompt
+    config.json            the options of the run, and fingerprints of what they name
     metrics.jsonl          one line a step
     trajectories.jsonl     each step's first group of episodes
-    checkpoints/           the last two: safetensors shards of every rank, readable by any number of
+    checkpoints/           the last two: a safetensors file of every rank, readable by any number of
                            ranks; a checkpoint's name ends in the fingerprint of its files
     model/                 a Hugging Face folder, written after the last step
 
-Only rank 0 reads and writes, but for the shards of checkpoints.
+Only rank 0 reads and writes, but for the safetensors files of checkpoints.
 """
 
 import dataclasses
+import hashlib
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,10 +28,19 @@ from filelock import FileLock, Timeout
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from records import fingerprint, fsync_and_rename, reraise_corrupt, write_jsonl, write_text
+from policy import gather
+from records import (
+    fingerprint,
+    fsync_and_rename,
+    refuse_changed_settings,
+    reraise_corrupt,
+    write_jsonl,
+    write_text,
+)
 
 KEEP_CHECKPOINTS = 2
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's names of its moments
+DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # those of safetensors
 EXPORT_STEP_FILE = "nanosearcher_step.txt"  # in an exported model folder: the step of its run
 # Options that --resume may change: a step that both runs do has the same numbers but for rounding.
 MAY_CHANGE = {
@@ -55,6 +65,74 @@ class Progress:
 
 
 # --------------------------------------------------------------------------------------------------
+# Shards in safetensors files
+
+
+class Shard(NamedTuple):
+    """The rows of a parameter or moment that one rank holds."""
+
+    first: int  # row of the whole tensor with which the shard begins
+    rows: Tensor  # may be empty
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, without a copy if the tensor is in host memory."""
+    return memoryview(tensor.cpu().reshape(-1).view(torch.uint8).numpy())
+
+
+def write_shards(file: Path, shards: dict[str, Shard]) -> str:
+    """Write a safetensors file, flush it to the disk and return its SHA-256.
+
+    safetensors' own `save_file` would copy all shards from a GPU to host memory before it writes.
+    This function copies one at a time. The format: the header's length (8 bytes, little-endian),
+    the header (JSON), the bytes of the tensors. The header's metadata holds `Shard.first`.
+    """
+    starts = {name: str(shard.first) for name, shard in shards.items()}
+    header: dict[str, Any] = {"__metadata__": starts}
+    end = 0
+    for name, (_, rows) in shards.items():
+        begin, end = end, end + rows.nbytes
+        dtype = DTYPE_NAMES[rows.dtype]
+        header[name] = {"dtype": dtype, "shape": rows.shape, "data_offsets": [begin, end]}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors begin at a multiple of 8 bytes
+    start = len(encoded).to_bytes(8, "little") + encoded
+    digest = hashlib.sha256(start)
+    with open(file, "wb") as stream:
+        stream.write(start)
+        for _, rows in shards.values():
+            content = as_bytes(rows)
+            stream.write(content)
+            digest.update(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    return digest.hexdigest()
+
+
+def read_shards(folder: Path, shards: dict[str, Shard]) -> None:
+    """Fill the shards from the files of any number of ranks.
+
+    Raises:
+        ValueError: rows are in no file.
+    """
+    from safetensors import safe_open
+
+    missing = sum(len(rows) for _, rows in shards.values())
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as saved:
+            starts = saved.metadata()
+            for name, (first, rows) in shards.items():
+                piece, start = saved.get_slice(name), int(starts[name])
+                begin = max(first, start)
+                end = min(first + len(rows), start + piece.get_shape()[0])
+                if begin < end:
+                    rows[begin - first : end - first] = piece[begin - start : end - start]
+                    missing -= end - begin
+    if missing:
+        raise ValueError(f"{folder}: {missing} rows of parameters are missing; try --resume again")
+
+
+# --------------------------------------------------------------------------------------------------
 # Checkpoints
 
 
@@ -70,38 +148,49 @@ def create_moments(optimizer: torch.optim.Optimizer, updates: int) -> None:
                 optimizer.state[parameter][moment] = torch.zeros_like(parameter)
 
 
-def training_state(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Parameters and Adam's moments by name, as they stand in memory."""
+def training_state(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Shard]:
+    """This rank's shards of parameters and Adam's moments by name, as they stand in memory."""
     state = {}
     for name, parameter in policy.named_parameters():
-        state[f"model.{name}"] = parameter.detach()
+        (place,) = parameter.__create_chunk_list__()  # where the shard is in the whole tensor
+        first, *_ = place.offsets
+        state[f"model.{name}"] = Shard(first, parameter.detach().to_local())
         for moment in MOMENTS:
-            state[f"{moment}.{name}"] = optimizer.state[parameter][moment]
+            rows = optimizer.state[parameter][moment].to_local()
+            state[f"{moment}.{name}"] = Shard(first, rows)
     return state
 
 
 @contextmanager
 def remove_partial(partial: Path) -> Iterator[None]:
-    """Remove a folder that could not be written, as on a full disk, and say so in one line.
+    """Remove a folder that a rank could not write, as on a full disk, and say so in one line.
+
+    All ranks enter and leave together, so that none waits for one that failed.
 
     Raises:
-        OSError: also in place of the errors of safetensors and torch.distributed.checkpoint.
+        OSError: on all ranks, also in place of safetensors' own error.
     """
     from safetensors import SafetensorError
-    from torch.distributed.checkpoint import CheckpointException
 
+    failure = None
     try:
         yield
-    except (OSError, SafetensorError, CheckpointException) as error:
+    except (OSError, SafetensorError) as error:
+        failure = str(error)
+    causes = [cause for [cause] in gather([failure]) if cause]
+    if causes:
         if dist.get_rank() == 0:
             shutil.rmtree(partial, ignore_errors=True)
-        cause = error
-        if isinstance(error, CheckpointException):
-            cause, _ = next(iter(error.failures.values()))  # of the first rank that failed
         raise OSError(
-            f"{partial.with_suffix('')}: cannot be written ({cause}); "
+            f"{partial.with_suffix('')}: cannot be written ({causes[0]}); "
             "the checkpoints before it are whole: --resume goes on from them"
-        ) from None
+        )
+
+
+def combine(digests: dict[str, str]) -> str:
+    """Fingerprint of a checkpoint, from the SHA-256 of its files; each rank has those of some."""
+    items = [item for share in gather(list(digests.items())) for item in share]
+    return hashlib.sha256(json.dumps(sorted(items)).encode()).hexdigest()[:16]
 
 
 def save_checkpoint(
@@ -110,27 +199,30 @@ def save_checkpoint(
     """Write a checkpoint beside its final place, flush it, rename it; keep KEEP_CHECKPOINTS.
 
     Raises:
-        OSError: a rank could not write its shard. The checkpoints before it stay.
+        OSError: a rank could not write its file. The checkpoints before it stay.
     """
-    import torch.distributed.checkpoint as dcp
-
-    on_rank0 = dist.get_rank() == 0
+    rank = dist.get_rank()
     name = f"step_{progress.step:06d}"
     partial = folder / f"{name}.partial"
-    if on_rank0:
+    if rank == 0:
         for left_by_a_kill in folder.glob("*.partial"):
             shutil.rmtree(left_by_a_kill)
         partial.mkdir(parents=True)
     dist.barrier()
     create_moments(optimizer, progress.updates)  # where no gradient has made them
+    digests = {}
     with remove_partial(partial):
-        writer = dcp.HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        dcp.save(training_state(policy, optimizer), storage_writer=writer)
-        dist.barrier()
-        if on_rank0:
-            write_text(partial / "progress.json", json.dumps(dataclasses.asdict(progress)))
-            fsync_and_rename(partial, folder / f"{name}-{fingerprint(partial)[:16]}")
-    if on_rank0:
+        file = partial / f"rank_{rank:04d}.safetensors"
+        digests[file.name] = write_shards(file, training_state(policy, optimizer))
+        if rank == 0:
+            file = partial / "progress.json"
+            write_text(file, json.dumps(dataclasses.asdict(progress)))
+            digests[file.name] = fingerprint(file)
+    whole = folder / f"{name}-{combine(digests)}"
+    with remove_partial(partial):
+        if rank == 0:
+            fsync_and_rename(partial, whole)
+    if rank == 0:
         for old in list_checkpoints(folder)[:-KEEP_CHECKPOINTS]:
             shutil.rmtree(old)
     dist.barrier()
@@ -144,30 +236,35 @@ def list_checkpoints(folder: Path) -> list[Path]:
 def newest_checkpoint(folder: Path) -> tuple[Path | None, Progress]:
     """The newest checkpoint that is whole; damaged ones that are newer are named.
 
+    The ranks share the files of a checkpoint out among themselves, to read them side by side.
+
     Raises:
         ValueError: there are checkpoints and none is whole. To begin anew would lose the run's log.
     """
-    for path in reversed(list_checkpoints(folder)):
-        if path.name.endswith(fingerprint(path)[:16]):
+    rank, world = dist.get_rank(), dist.get_world_size()
+    listed: list[Any] = [None]
+    if rank == 0:  # a network file system may show another rank an old folder
+        listed = [[(path, sorted(path.iterdir())) for path in list_checkpoints(folder)]]
+    dist.broadcast_object_list(listed)
+    (checkpoints,) = listed
+    for path, files in reversed(checkpoints):
+        digests = {file.name: fingerprint(file) for file in files[rank::world]}
+        if path.name.endswith(combine(digests)):
             with reraise_corrupt(path, "give another --out"):
                 return path, Progress(**json.loads((path / "progress.json").read_text()))
-        print(f"train.py: {path} is damaged; the one before it is used", file=sys.stderr)
-    if list_checkpoints(folder):
-        raise ValueError(
-            f"{folder}: no checkpoint there is whole; give another --out to begin anew"
-        )
+        if rank == 0:
+            print(f"train.py: {path} is damaged; the one before it is used", file=sys.stderr)
+    if checkpoints:
+        raise ValueError(f"{folder}: no checkpoint there is whole; give another --out")
     return None, Progress()
 
 
 def load_checkpoint(
     path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
 ) -> None:
-    """Read the shards into the parameters and moments; they may be of another number of ranks."""
-    import torch.distributed.checkpoint as dcp
-
+    """Read parameters and moments; the checkpoint may be of another number of ranks."""
     create_moments(optimizer, progress.updates)
-    reader = dcp.HuggingFaceStorageReader(str(path))
-    dcp.load(training_state(policy, optimizer), storage_reader=reader)
+    read_shards(path, training_state(policy, optimizer))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -179,37 +276,39 @@ def export(
 ) -> None:
     """Write a Hugging Face folder that transformers and vLLM load as it is.
 
-    The folder appears as a whole or not at all; a model that is there stays until then.
+    The folder appears as a whole or not at all, in place of a model that is there.
 
     Args:
         lm: the model, for its configuration.
         named_tensors: its whole parameters; all ranks iterate, since all ranks gather.
-        source: the folder or hub name of its tokenizer.
+        source: the folder or hub name of its tokenizer and generation_config.json.
         step: the step of the run, which the folder notes.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, GenerationConfig
+    from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
     on_rank0 = dist.get_rank() == 0
     state = {}
     for name, tensor in named_tensors:
         if on_rank0:
             state[name] = tensor.cpu()
-    if on_rank0:
-        partial, old = out.with_suffix(".partial"), out.with_suffix(".old")
-        with remove_partial(partial):
+    partial = out.with_suffix(".partial")
+    with remove_partial(partial):
+        if on_rank0:
+            # Many published generation configurations are such that transformers refuses to save
+            # them, so that save_pretrained gets an empty one and the source's file is copied.
+            lm.generation_config = GenerationConfig()
             lm.save_pretrained(partial, state_dict=state)
-            lm.config.dtype = (
-                "bfloat16"  # save_pretrained has noted the dtype of the fp32 parameters
-            )
+            (partial / GENERATION_CONFIG_NAME).unlink()
+            original = Path(cached_file(source, "config.json")).with_name(GENERATION_CONFIG_NAME)
+            if original.exists():
+                shutil.copy(original, partial)
+            lm.config.dtype = "bfloat16"  # save_pretrained has noted that of the fp32 parameters
             lm.config.save_pretrained(partial)
             AutoTokenizer.from_pretrained(source).save_pretrained(partial)
             write_text(partial / EXPORT_STEP_FILE, str(step))
-            shutil.rmtree(old, ignore_errors=True)
-            if out.exists():
-                out.rename(old)
+            shutil.rmtree(out, ignore_errors=True)
             fsync_and_rename(partial, out)
-        shutil.rmtree(old, ignore_errors=True)
-    dist.barrier()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -221,24 +320,22 @@ class RunFolder:
 
     Args:
         path: the folder.
-        config: the options of the run, a dataclass.
+        settings: JSON values by name, on which the run's numbers depend: its options, and
+            fingerprints of what they name.
         logger: "tensorboard" or "wandb", to log there too.
     """
 
-    def __init__(self, path: Path, config, logger: str | None = None):
-        self.path, self.logger, self.board = path, logger, None
+    def __init__(self, path: Path, settings: dict[str, Any], logger: str | None = None):
+        self.path, self.settings, self.logger, self.board = path, settings, logger, None
         self.on_rank0 = dist.get_rank() == 0
-        self.config = dataclasses.asdict(config)
-        data = [file for file in (config.questions, config.prompt_file) if Path(file).is_file()]
-        self.contents = {file: fingerprint(file) for file in data}
 
     @contextmanager
     def lock(self, resume: bool) -> Iterator[None]:
         """Keep other processes out of the folder.
 
         Raises:
-            ValueError: another process has locked it; it contains a run with other options; or it
-                contains a run and `resume` is false.
+            ValueError: another process has locked it; it contains a run with other settings; or
+                it contains a run and `resume` is false.
         """
         if not self.on_rank0:
             yield
@@ -262,33 +359,33 @@ class RunFolder:
             return
         if not resume:
             raise ValueError(
-                f"{self.path}: holds a run already; --resume goes on with it, "
-                "--out names another folder"
+                f"{self.path}: holds a run already; give --resume to go on, or another --out"
             )
         file = self.path / "config.json"
         with reraise_corrupt(file, "give another --out"):
             before = dict(json.loads(file.read_text()))
-        for name, value in self.config.items():
-            if name not in MAY_CHANGE and value != before.get(name):
-                raise ValueError(f"{file}: this run has --{name} {before.get(name)}, not {value}")
-        if before.get("contents") != self.contents:
-            changed = " or ".join(self.contents)
-            raise ValueError(
-                f"{file}: {changed} has changed since this run began; give another --out"
-            )
+        refuse_changed_settings(file, before, self.settings, "give another --out", MAY_CHANGE)
 
     def find_progress(self, resume: bool) -> tuple[Path | None, Progress, bool]:
-        """The checkpoint to go on from, its progress, and whether its model is exported."""
-        found: list[Any] = [None]
-        if self.on_rank0:
-            checkpoint, progress = None, Progress()
-            if resume:
-                checkpoint, progress = newest_checkpoint(self.path / "checkpoints")
-            noted = self.path / "model" / EXPORT_STEP_FILE
-            exported = noted.exists() and noted.read_text() == str(progress.step)
-            found = [(checkpoint, progress, exported)]
-        dist.broadcast_object_list(found)
-        return found[0]
+        """The checkpoint to go on from, its progress, and whether the run is finished.
+
+        Raises:
+            ValueError: the run is past its last step.
+        """
+        checkpoint, progress = None, Progress()
+        if resume:
+            checkpoint, progress = newest_checkpoint(self.path / "checkpoints")
+        steps = self.settings["steps"]
+        if progress.step > steps:
+            raise ValueError(
+                f"{self.path}: the run is at step {progress.step}, past --steps {steps}; "
+                "give another --out"
+            )
+        file = self.path / "model" / EXPORT_STEP_FILE
+        exported = file.read_text() if file.exists() else ""
+        finished = [progress.step == steps and exported == str(steps)]
+        dist.broadcast_object_list(finished)  # what rank 0 sees
+        return checkpoint, progress, finished[0]
 
     def begin(self, step: int) -> None:
         """Write the configuration, and remove what a run that died has left after `step`.
@@ -300,8 +397,7 @@ class RunFolder:
         """
         if not self.on_rank0:
             return
-        config = self.config | {"contents": self.contents}
-        write_text(self.path / "config.json", json.dumps(config, indent=1))
+        write_text(self.path / "config.json", json.dumps(self.settings, indent=1))
         for name in ("metrics.jsonl", "trajectories.jsonl"):
             file = self.path / name
             if file.exists():
@@ -320,7 +416,7 @@ class RunFolder:
             wandb.init(
                 project="nanosearcher",
                 name=self.path.name,
-                config=self.config,
+                config=self.settings,
                 dir=self.path,
                 sync_tensorboard=True,
             )
@@ -333,22 +429,20 @@ class RunFolder:
         """Append a step's metrics and trajectories; they are on the disk before its checkpoint."""
         if not self.on_rank0:
             return
-        self._append("metrics.jsonl", [metrics])
-        self._append("trajectories.jsonl", trajectories)
+        records = {"metrics.jsonl": [metrics], "trajectories.jsonl": trajectories}
+        for name in records:
+            file = self.path / name
+            try:
+                with open(file, "a", encoding="utf-8") as stream:
+                    for record in records[name]:
+                        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            except OSError as error:
+                raise OSError(f"{file}: cannot be written ({error})") from None
         if self.board is not None:
             for name, value in metrics.items():
                 self.board.add_scalar(name, value, metrics["step"])
-
-    def _append(self, name: str, records: list[dict]) -> None:
-        file = self.path / name
-        try:
-            with open(file, "a", encoding="utf-8") as stream:
-                for record in records:
-                    stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-                stream.flush()
-                os.fsync(stream.fileno())
-        except OSError as error:
-            raise OSError(f"{file}: cannot be written ({error})") from None
 
     def print_rank0(self, line: str) -> None:
         """Print above the progress bars."""

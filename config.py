@@ -25,7 +25,7 @@ class Config:
     questions: str = "data/stage_1.jsonl"  # training questions (JSONL)
     eval_questions: str = ""  # held-out questions (JSONL) for --eval_every
     retriever: str = "data/bm25"  # passage file (JSONL), index folder or URL of a search server
-    prompt_file: str = "base"  # base, chat, demo, or a text file with {question}
+    prompt_file: str = "base"  # base, chat, or a text file with {question} in it
     engine: Literal[ENGINES] = "vllm"  # inference engine (engine.py)
     seed: int = 0  # of data order and sampling
     steps: int = 128  # rollout batches
@@ -43,6 +43,7 @@ class Config:
     max_searches: int = 8  # queries per episode (paper)
     documents_per_search: int = 3  # passages per query (official code)
     max_turn_tokens: int = 512  # tokens sampled between two stops (official code)
+    max_document_tokens: int = 2048  # tokens of one documents block; longer blocks are cut
     max_context: int = 29_000  # prompt, policy and documents together, in tokens (official code)
     micro_batch_tokens: int = 32_768  # padded tokens of one forward and backward pass
     gradient_checkpointing: bool = True  # recompute activations in the backward pass
@@ -64,7 +65,7 @@ DEMO = {
     "model": "demo/model",
     "retriever": "demo/passages.jsonl",
     "questions": "demo/train.jsonl",
-    "prompt_file": "demo",
+    "prompt_file": "demo/prompt.txt",
     "temperature": 0.7,  # at 1.0 a 135M model rarely completes a tag
     "prompts_per_step": 8,
     "samples_per_prompt": 8,
@@ -161,7 +162,3 @@ def check(config: Config) -> None:
         raise ValueError("--updates_per_rollout must be at most --prompts_per_step")
     if config.eval_every and not config.eval_questions:
         raise ValueError("--eval_every needs --eval_questions")
-    path = Path(config.model)
-    is_hub_name = config.model.count("/") == 1 and config.model[0] not in "./"
-    if not (path / "config.json").is_file() and (path.parent.is_dir() or not is_hub_name):
-        raise ValueError(f"--model {config.model}: no such model folder")

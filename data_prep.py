@@ -15,17 +15,11 @@ import csv
 import gzip
 import io
 import json
-import multiprocessing
-import os
 import random
 import re
-import threading
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from itertools import islice, repeat
 from pathlib import Path
 from typing import Literal
 
@@ -75,15 +69,6 @@ def wiki18_passages(line: bytes, number: int) -> list[Passage]:
     return [json.loads(line)]
 
 
-def dpr_passages(line: bytes, number: int) -> list[Passage]:
-    """A row of DPR's psgs_w100.tsv: id, text, title; the first row holds these names."""
-    (row,) = csv.reader([line.decode()], delimiter="\t")
-    passage_id, text, title = row
-    if row == ["id", "text", "title"]:
-        return []
-    return [{"id": passage_id, "title": title, "text": text}]
-
-
 def hotpotqa_passages(line: bytes, number: int) -> list[Passage]:
     """An abstract of HotpotQA's Wikipedia: one passage of all its sentences, if it has any."""
     abstract = json.loads(line)
@@ -95,112 +80,81 @@ def hotpotqa_passages(line: bytes, number: int) -> list[Passage]:
 FORMATS = {
     "kilt": kilt_passages,
     "wiki-18": wiki18_passages,
-    "dpr": dpr_passages,
     "hotpotqa": hotpotqa_passages,
 }
 DECOMPRESSORS = {".gz": gzip.open, ".bz2": bz2.open}
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """Consecutive lines of a source file."""
+def read_lines(files: list[Path]) -> Iterator[tuple[Path, int, bytes]]:
+    """Yield the lines of files, each with its file and number; a bar counts the bytes read.
 
-    path: Path
-    first: int  # number of the first line
-    lines: list[bytes]
-
-
-def read_chunks(files: list[Path], bar: tqdm) -> Iterator[Chunk]:
-    """Yield the files in chunks of about 1 MiB; `bar` counts the bytes read."""
-    for path in files:
-        first = 1
-        bytes_before = bar.n
-        with open(path, "rb") as raw:
-            file = DECOMPRESSORS[path.suffix](raw) if path.suffix in DECOMPRESSORS else raw
-            try:
-                while lines := file.readlines(1 << 20):
-                    yield Chunk(path, first, lines)
-                    first += len(lines)
-                    bar.update(bytes_before + raw.tell() - bar.n)
-            except (EOFError, OSError, zlib.error) as error:
-                raise ValueError(f"{path}: damaged after line {first - 1} ({error})") from None
+    Raises:
+        ValueError: a file is not of the compression that its suffix says, or it is damaged.
+    """
+    size = sum(path.stat().st_size for path in files)
+    with tqdm(total=size, desc="corpus", unit="B", unit_scale=True, delay=1) as bar:
+        for path in files:
+            bytes_before = bar.n
+            number = 0
+            with open(path, "rb") as raw:
+                file = DECOMPRESSORS[path.suffix](raw) if path.suffix in DECOMPRESSORS else raw
+                try:
+                    for number, line in enumerate(file, 1):
+                        yield path, number, line
+                        bar.update(bytes_before + raw.tell() - bar.n)
+                except (EOFError, OSError, zlib.error) as error:
+                    raise ValueError(f"{path}: damaged after line {number} ({error})") from None
 
 
-def convert(chunk: Chunk, format: str) -> str:
-    """The passages of a chunk as JSON lines; raises ValueError with the file and the line."""
-    passages = []
-    for number, line in enumerate(chunk.lines, chunk.first):
+def convert(files: list[Path], format: str) -> Iterator[Passage]:
+    """Yield the passages of published files; raises ValueError with the file and the line."""
+    for path, number, line in read_lines(files):
+        if not line.strip():
+            continue
         try:
-            if line.strip():
-                passages += [parse_passage(record) for record in FORMATS[format](line, number)]
-        except (*MALFORMED, csv.Error) as error:
+            passages = [parse_passage(record) for record in FORMATS[format](line, number)]
+        except MALFORMED as error:
             raise ValueError(
-                f"{chunk.path}:{number}: not a line of the format {format}, {error!r:.200}"
+                f"{path}:{number}: not a line of the format {format}, {error!r:.200}"
             ) from None
-    return "".join(json.dumps(passage, ensure_ascii=False) + "\n" for passage in passages)
+        yield from passages
 
 
-def exit_with_parent() -> None:
-    """Let this worker process end with its parent: if that is killed, no more work ever comes."""
-
-    def wait_for_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=wait_for_parent, daemon=True).start()
-
-
-def make_corpus(
-    source: Path, out: Path, format: Literal[tuple(FORMATS)], workers: int = os.cpu_count()
-) -> None:
+def make_corpus(source: Path, out: Path, format: Literal[tuple(FORMATS)]) -> None:
     """Convert a published corpus to passages, in constant memory.
 
     Args:
         source: file (also .gz, .bz2) or a folder of such files
         out: passage file to write
-        format: wiki-18: Search-R1's; dpr: psgs_w100.tsv; hotpotqa: its abstracts
-        workers: processes; one a core unless given
+        format: wiki-18: Search-R1's; hotpotqa: its abstracts
     """
     refuse_to_overwrite(out)
     if source.resolve() in out.resolve().parents:
         raise ValueError(f"{out}: it is within the source, and would be read as such")
-    if workers < 1:
-        raise ValueError("--workers: at least 1")
     files = [source]
     if source.is_dir():
         files = sorted(path for path in source.rglob("*") if path.is_file())
-    size = sum(path.stat().st_size for path in files)
     partial = out.with_name(out.name + ".partial")
     count = 0
     with FileLock(partial, timeout=0):  # refuses a second call that would write the same file
-        with (
-            open(partial, "w", encoding="utf-8") as file,
-            ProcessPoolExecutor(workers, initializer=exit_with_parent) as pool,
-            tqdm(total=size, desc=str(out), unit="B", unit_scale=True) as bar,
-        ):
-            chunks = read_chunks(files, bar)
-            while batch := list(islice(chunks, 8 * workers)):  # no more are in memory at once
-                try:
-                    for text in pool.map(convert, batch, repeat(format)):
-                        file.write(text)
-                        count += text.count("\n")
-                except ValueError as error:  # raised in another process
-                    raise ValueError(str(error)) from None
+        with open(partial, "w", encoding="utf-8") as file:
+            for passage in convert(files, format):
+                file.write(json.dumps(passage, ensure_ascii=False) + "\n")
+                count += 1
         if count == 0:
             raise ValueError(f"{source}: it holds no line of the format {format}")
         fsync_and_rename(partial, out)
     print(f"{out}: {count} passages")
 
 
-def make_kilt(source: Path, out: Path, workers: int = os.cpu_count()) -> None:
+def make_kilt(source: Path, out: Path) -> None:
     """Cut KILT's knowledge source into passages of 100 words.
 
     Args:
         source: file (also .gz, .bz2) or a folder of such files
         out: passage file to write
-        workers: processes; one a core unless given
     """
-    make_corpus(source, out, "kilt", workers)
+    make_corpus(source, out, "kilt")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -248,9 +202,11 @@ def published_records(path: Path) -> Iterator[dict]:
                 yield json.loads(line)
 
 
-def published_questions(path: Path, dataset: str) -> tuple[list[dict], int]:
+def published_questions(path: Path, dataset: str, aliases: bool = False) -> tuple[list[dict], int]:
     """The questions of a published file, and how many it says cannot be answered (MuSiQue).
 
+    Args:
+        aliases: whether the answer's aliases count as answers (MuSiQue).
     Raises:
         ValueError: names the file, the record and what is wrong there.
     """
@@ -264,7 +220,9 @@ def published_questions(path: Path, dataset: str) -> tuple[list[dict], int]:
                 continue
             # The authors' files say _id, the Hub's say id, and Bamboogle's questions have none.
             name = fields.get("_id", fields.get("id", f"{dataset}-{len(questions) + 1}"))
-            answers = [fields["answer"], *(fields.get("answer_aliases") or [])]
+            answers = [fields["answer"]]
+            if aliases:
+                answers += fields.get("answer_aliases") or []
             question = {"id": name, "question": fields["question"], "answers": answers}
             question = parse_question(question, dataset)
             question["answers"] = list(dict.fromkeys(question["answers"]))  # each once
@@ -287,6 +245,7 @@ def make_questions(
     format: Literal["hotpotqa", "2wiki", "musique", "bamboogle", "r1-searcher"],
     sample: int = 0,
     seed: int = 0,
+    aliases: bool = False,
 ) -> None:
     """Convert a published data set, or a sample of it, to questions in the file's order.
 
@@ -296,6 +255,7 @@ def make_questions(
         format: data set; r1-searcher: the training sets that its authors released
         sample: draw so many (the paper's test sets: 500); 0 is all
         seed: of the draw
+        aliases: MuSiQue's aliases count as answers too; the paper's test set has one answer each
     """
     refuse_to_overwrite(out)
     path = local_file(source)
@@ -303,7 +263,7 @@ def make_questions(
     if format == "r1-searcher":
         questions = read_questions(path)
     else:
-        questions, unanswerable = published_questions(path, format)
+        questions, unanswerable = published_questions(path, format, aliases)
     total = len(questions)
     if not 0 <= sample <= total:
         raise ValueError(f"--sample {sample}: {source} has {total} questions")

@@ -1,19 +1,19 @@
 """How hard a question is: the number of rollouts that a model needs until its first right answer.
 
-The paper draws its training sets by this number. `data_prep.py difficulty` measures it; all
-questions share one continuous batch, each with one rollout at a time.
+The paper draws its training sets by this number. `data_prep.py difficulty` measures it in rounds:
+each rolls out, together, all questions that have no right answer yet.
 """
 
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from tqdm import tqdm
 
-from engine import ENGINES
+from inference import Inference, describe_inputs, open_rollout
 from records import (
     Journal,
     fingerprint,
@@ -22,27 +22,21 @@ from records import (
     reraise_corrupt,
     write_jsonl,
 )
-from retriever import open_retriever
-from reward import METRICS, TAGS, load_prompt, score_episode
-from rollout import Episode, Limits, Rollout, derive_seed, open_rollout
+from reward import METRICS, score_episode
+from rollout import Episode, Rollout, derive_seed
 
 
-@dataclass(frozen=True)
-class DifficultyOptions:
+@dataclass(frozen=True, kw_only=True)
+class DifficultyOptions(Inference):
     """Options of `data_prep.py difficulty`, all but --out."""
 
     questions: Path  # question file (JSONL)
     model: str  # Hugging Face folder (paper: Qwen2.5-7B-Instruct)
-    retriever: str  # passage file (JSONL), index folder or search server URL
     max_rollouts: int = 20  # give a question up after so many; 20 tell that it is hard
     # the metric that is 1 for a right answer; acc_r is the authors': each of their 350 stage-1
     # questions has a right one by acc_r among its 10 published answers, by em or f1 264 have
     right: Literal[tuple(METRICS)] = "acc_r"
-    prompt_file: str = "chat"  # base, chat, demo, or a text file with {question} in it
-    engine: Literal[ENGINES] = "vllm"  # inference engine
-    gpu_memory_utilization: float = 0.9  # the engine's share of the GPU
-    seed: int = 0  # of the sampling
-    limits: Annotated[Limits, tyro.conf.arg(name="")] = field(default_factory=Limits)
+    prompt_file: str = "chat"  # base, chat, or a text file with {question} in it
 
 
 def level(rollouts: int, solved: bool) -> str:
@@ -74,32 +68,26 @@ def roll_out_until_right(
     Raises:
         RuntimeError: a search failed; without documents any question would seem hard.
     """
-    numbers = {question["id"]: number for number, question in enumerate(questions)}
-    waiting = deque(questions)
 
-    def next_episodes() -> Iterator[Episode | None]:
-        while True:
-            if not waiting:
-                yield None  # questions in rollouts that are under way may come back
-                continue
-            question = waiting.popleft()
+    def episodes_of_round(number: int) -> Iterator[Episode]:
+        """One episode of each unsolved question that has had `number` rollouts."""
+        for place, question in enumerate(questions):
             done = verdicts[question["id"]]
-            if True in done or len(done) >= max_rollouts:
-                continue  # the question is finished and leaves its place to the next one
-            episode_seed = derive_seed(seed, numbers[question["id"]], len(done))
-            yield Episode(question, encode(question["question"]), seed=episode_seed)
+            if len(done) == number and True not in done:
+                prompt_ids = encode(question["question"])
+                yield Episode(question, prompt_ids, seed=derive_seed(seed, place, number))
 
-    for episode in rollout.run(next_episodes()):
-        if episode.search_failures:
-            raise RuntimeError(
-                f"a search failed, {rollout.search_error}; the same command goes on from here"
-            )
-        question = episode.question
-        scores = score_episode(episode.segments, len(episode.queries), question["answers"])
-        is_right = scores[right] == 1
-        verdicts[question["id"]].append(is_right)
-        waiting.append(question)  # behind all questions that have had fewer rollouts
-        yield question["id"], is_right
+    for number in range(max_rollouts):
+        for episode in rollout.run(episodes_of_round(number)):
+            if episode.search_failures:
+                raise RuntimeError(
+                    f"a search failed, {rollout.search_error}; the same command goes on from here"
+                )
+            question = episode.question
+            scores = score_episode(episode.segments, episode.answered, question["answers"])
+            is_right = scores[right] == 1
+            verdicts[question["id"]].append(is_right)
+            yield question["id"], is_right
 
 
 def make_difficulty(
@@ -114,17 +102,10 @@ def make_difficulty(
     if options.max_rollouts < 1:
         raise ValueError("--max_rollouts must be at least 1")
     questions = read_questions(options.questions)
-    rollout, encode = open_rollout(
-        options.model,
-        open_retriever(options.retriever).search,
-        TAGS,
-        load_prompt(options.prompt_file),
-        options.limits,
-        options.engine,
-        options.gpu_memory_utilization,
-    )
-    settings = asdict(options) | {"questions": fingerprint(options.questions)}
+    settings = asdict(options) | describe_inputs(options)
+    settings["questions"] = fingerprint(options.questions)
     del settings["gpu_memory_utilization"]  # no rollout depends on it
+    rollout, encode = open_rollout(options)
     # The journal is opened last, so that a call with a wrong option leaves none behind.
     journal = Journal(out.with_name(out.name + ".progress"), settings)
     verdicts = {question["id"]: [] for question in questions}

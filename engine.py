@@ -6,7 +6,7 @@ token, so that training can compare its own with the sampler's.
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 
@@ -21,11 +21,12 @@ class Completion:
 
 
 class Engine(Protocol):
-    """An inference engine that runs many sequences at once.
+    """An inference engine.
 
-    `submit` takes a sequence under a key of the caller's; `step` advances all sequences and returns
-    those that ended; `load_weights` takes (Hugging Face name, whole tensor) pairs. Between `sleep`
-    and `wake_up` the engine holds no GPU memory, and after `wake_up` its weights are undefined.
+    `submit` takes a sequence under a key of the caller's; `step` works on the submitted sequences,
+    on one or on many at once, and returns those that ended; `load_weights` takes (Hugging Face
+    name, whole tensor) pairs. Between `sleep` and `wake_up` the engine holds no GPU memory, and
+    after `wake_up` its weights are undefined.
     """
 
     def submit(
@@ -87,6 +88,8 @@ class VLLMEngine:
             enable_chunked_prefill=self.on_gpu,
             enforce_eager=not self.on_gpu,
             enable_sleep_mode=self.on_gpu,
+            # fp32 logits, as the trainer computes them; a CPU would convert the head at every step.
+            hf_overrides={"head_dtype": "float32"} if self.on_gpu else None,
             logprobs_mode="processed_logprobs",  # after temperature, as the trainer computes them
             # Under torchrun the engine takes RANK and LOCAL_RANK from the environment.
             distributed_executor_backend="external_launcher"
@@ -142,26 +145,11 @@ class VLLMEngine:
             self.llm.wake_up()
 
 
-@dataclass
-class RunningSequence:
-    """A sequence in `TransformersEngine`."""
-
-    unread: list[int]  # ids that the KV cache does not hold yet
-    max_tokens: int
-    stop: list[str]
-    temperature: float
-    generator: Any  # torch.Generator
-    cache: Any = None
-    token_ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    ended_by: str | None = None  # a stop string or "eos"
-
-
 class TransformersEngine:
-    """A small engine on plain transformers, one KV cache a sequence: slow, exact, easy to read.
+    """A small engine on plain transformers, one sequence at a time: slow, exact, easy to read.
 
-    The tokens of a sequence do not depend on what else is running, so a rollout repeats bit for bit
-    whatever the timing.
+    The tokens of a sequence do not depend on what else was submitted, so a rollout repeats bit for
+    bit whatever the timing.
     """
 
     def __init__(self, model: str):
@@ -175,51 +163,48 @@ class TransformersEngine:
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         eos = self.model.generation_config.eos_token_id
         self.eos = set(eos if isinstance(eos, list) else [eos])
-        self.running: dict[int, RunningSequence] = {}
+        self.submitted: list[tuple[int, list[int], dict]] = []  # key, ids, options of sampling
 
-    def submit(self, key, token_ids, *, max_tokens, stop, temperature, seed):
-        generator = self.torch.Generator().manual_seed(seed)
-        self.running[key] = RunningSequence(
-            list(token_ids), max_tokens, stop, temperature, generator
-        )
+    def submit(self, key, token_ids, **options):
+        self.submitted.append((key, list(token_ids), options))
 
     def step(self) -> list[Completion]:
-        """Sample one token for every running sequence."""
-        completions = []
-        for key, sequence in list(self.running.items()):
-            self._sample(sequence)
-            if sequence.ended_by or len(sequence.token_ids) == sequence.max_tokens:
-                del self.running[key]
-                completions.append(
-                    Completion(key, sequence.token_ids, sequence.log_probs, sequence.ended_by)
-                )
-        return completions
+        """Sample the sequence that was submitted first, to its end."""
+        if not self.submitted:
+            return []
+        key, token_ids, options = self.submitted.pop(0)
+        return [self._complete(key, token_ids, **options)]
 
-    def _sample(self, sequence: RunningSequence) -> None:
-        """Append one token, and say so if the token ends the sequence."""
-        with self.torch.no_grad():
-            out = self.model(
-                self.torch.tensor([sequence.unread]),
-                past_key_values=sequence.cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            logits = out.logits[0, -1].float()
-            log_probs = (logits / (sequence.temperature or 1.0)).log_softmax(-1)
-        if sequence.temperature == 0:
-            token = int(log_probs.argmax())
-        else:
-            probs = log_probs.exp()
-            token = int(self.torch.multinomial(probs, 1, generator=sequence.generator))
-        sequence.unread = [token]
-        sequence.cache = out.past_key_values
-        sequence.token_ids.append(token)
-        sequence.log_probs.append(float(log_probs[token]))
-        if token in self.eos:
-            sequence.ended_by = "eos"
-            return
-        text = self.tokenizer.decode(sequence.token_ids)
-        sequence.ended_by = next((stop for stop in sequence.stop if stop in text), None)
+    def _complete(self, key, token_ids, *, max_tokens, stop, temperature, seed) -> Completion:
+        generator = self.torch.Generator().manual_seed(seed)
+        cache = None
+        unread = token_ids  # ids that the KV cache does not hold yet
+        sampled = []
+        reported = []  # log-probabilities of the sampled tokens
+        ended_by = None  # a stop string or "eos"
+        while ended_by is None and len(sampled) < max_tokens:
+            with self.torch.no_grad():
+                out = self.model(
+                    self.torch.tensor([unread]),
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+            log_probs = (out.logits[0, -1] / (temperature or 1.0)).log_softmax(-1)
+            if temperature == 0:
+                token = int(log_probs.argmax())
+            else:
+                token = int(self.torch.multinomial(log_probs.exp(), 1, generator=generator))
+            cache = out.past_key_values
+            unread = [token]
+            sampled.append(token)
+            reported.append(float(log_probs[token]))
+            if token in self.eos:
+                ended_by = "eos"
+            else:
+                text = self.tokenizer.decode(sampled)
+                ended_by = next((string for string in stop if string in text), None)
+        return Completion(key, sampled, reported, ended_by)
 
     def load_weights(self, named_tensors):
         parameters = dict(self.model.named_parameters())

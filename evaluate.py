@@ -10,21 +10,36 @@ once; decoding is greedy by default. `run` and `judge` may be killed: the same c
 """
 
 import asyncio
-import hashlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 from tqdm import tqdm
 
-from metrics import JUDGE_PROMPT, episode_record, format_cell, measure_by_dataset, table, verdict
+from inference import (
+    Inference,
+    answer_questions,
+    describe_inputs,
+    open_rollout,
+    question_key,
+)
+from metrics import (
+    JUDGE_PROMPT,
+    count_verdicts,
+    format_cell,
+    measure_by_dataset,
+    measure_outputs,
+    table,
+    verdict,
+)
 from records import (
     MALFORMED,
     Journal,
@@ -32,130 +47,80 @@ from records import (
     fingerprint,
     read_jsonl,
     read_questions,
+    refuse_changed_settings,
     replace_surrogates,
     reraise_corrupt,
     user_errors,
     write_jsonl,
     write_text,
 )
-from retriever import open_retriever
-from reward import (
-    METRICS,
-    TAGS,
-    best,
-    contiguous_match,
-    load_prompt,
-    score_episode,
-)
-from rollout import Episode, Limits, Rollout, derive_seed, open_rollout
 
 # Raise the version when the same model would get other numbers.
-PROTOCOL_VERSION = 3
-
-# Greedy decoding with 5 documents a search, as in the official evaluation.
-EVALUATION_LIMITS = Limits(documents_per_search=5, temperature=0.0)
+PROTOCOL_VERSION = 4
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What is evaluated, and how."""
+@dataclass(frozen=True, kw_only=True)
+class Evaluation(Inference):
+    """What is evaluated, and how: by default greedily, with the passages of the official code."""
 
-    model: str  # Hugging Face folder
-    retriever: str  # passage file (JSONL), index folder or search server URL
     questions: list[str]  # question files (JSONL)
     out: Path  # folder for transcripts.jsonl and metrics.json
-    prompt_file: str = "base"  # base, chat, demo, or a text file with {question} in it
-    engine: Literal["vllm", "transformers"] = "vllm"  # inference engine
-    gpu_memory_utilization: float = 0.9  # the engine's share of the GPU
-    seed: int = 0  # of the sampling, where the temperature is not 0
     limit: int = 0  # answer only the first so many questions of each file; 0 is all
-    rollout_limits: Annotated[Limits, tyro.conf.arg(name="")] = EVALUATION_LIMITS
+    documents_per_search: int = 5  # passages per query (official code; in training 3)
+    temperature: float = 0.0  # of sampling; 0 is greedy
 
 
 # --------------------------------------------------------------------------------------------------
 # The protocol: everything on which the numbers of an evaluation depend
 
 
-def model_fingerprint(model: str) -> str:
-    """Fingerprint of a model folder; of a model on the Hugging Face hub, its revision."""
-    from transformers.utils import cached_file
+def describe_software() -> dict[str, str]:
+    """Versions of the libraries, commit of this code ("unknown" without git), hash of its modules.
 
-    try:
-        folder = Path(cached_file(model, "config.json")).parent
-    except (OSError, ValueError):
-        raise ValueError(f"{model}: neither a model folder nor a hub model (--model)") from None
-    return fingerprint(folder) if Path(model).is_dir() else folder.name
-
-
-def commit() -> str:
-    """Commit of this code, with "-dirty" if files changed; "unknown" without git."""
-    command = "git describe --always --dirty --abbrev=40 --exclude=*".split()
+    The commit of changed code ends in "-dirty"; the hash tells two changed trees apart.
+    """
+    software = {}
+    for library in ("torch", "transformers", "vllm"):
+        with suppress(PackageNotFoundError):
+            software[library] = version(library)
     folder = Path(__file__).parent
-    try:
+    command = "git describe --always --dirty --abbrev=40 --exclude=*".split()
+    software["commit"] = "unknown"
+    with suppress(OSError):
         described = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return described.stdout.strip() or "unknown"
+        software["commit"] = described.stdout.strip() or "unknown"
+    software["modules"] = fingerprint(folder, "*.py")
+    return software
 
 
 def describe_protocol(evaluation: Evaluation) -> dict:
-    """The settings of an evaluation, with fingerprints of all that they name."""
-    prompt = json.dumps(load_prompt(evaluation.prompt_file)).encode()
-    corpus = Path(evaluation.retriever)
-    if corpus.is_dir():
-        corpus = corpus / "index.json"  # holds the fingerprint of the corpus
-    corpus_fingerprint = fingerprint(corpus) if corpus.is_file() else None  # None for a server
-    return {
+    """The options of an evaluation, fingerprints of all that they name, and the software."""
+    protocol = {
         "evaluator": PROTOCOL_VERSION,
-        "commit": commit(),
-        "model": {"path": evaluation.model, "fingerprint": model_fingerprint(evaluation.model)},
+        "software": describe_software(),
+        **asdict(evaluation),
+        **describe_inputs(evaluation),
         "questions": [[path, fingerprint(path)] for path in evaluation.questions],
-        "limit": evaluation.limit,
-        "retriever": {"source": evaluation.retriever, "fingerprint": corpus_fingerprint},
-        "prompt": {"name": evaluation.prompt_file, "sha256": hashlib.sha256(prompt).hexdigest()},
-        "engine": evaluation.engine,
-        "seed": evaluation.seed,
-        **asdict(evaluation.rollout_limits),
     }
+    del protocol["out"]
+    del protocol["gpu_memory_utilization"]  # no answer depends on it
+    return protocol
 
 
 # --------------------------------------------------------------------------------------------------
 # run: answer question files
 
 
-def question_key(question: dict) -> tuple[str, str]:
-    """Ids are unique only within a dataset: the released files all count from 1."""
-    return question["dataset"], question["id"]
-
-
-def answer_questions(
-    rollout: Rollout,
-    encode: Callable[[str], list[int]],
-    questions: list[dict],
-    seed: int = 0,
-    reward: str = "stage2",
-) -> Iterator[dict]:
-    """Roll the questions out; yield the `episode_record` of each as its episode finishes.
-
-    Args:
-        encode: from question to prompt ids.
-        reward: a name in `reward.REWARDS`.
-    """
-    episodes = (
-        Episode(q, encode(q["question"]), seed=derive_seed(seed, *question_key(q)))
-        for q in questions
-    )
-    for episode in rollout.run(episodes):
-        answers = episode.question["answers"]
-        episode.rewards = score_episode(episode.segments, len(episode.queries), answers, reward)
-        yield episode_record(episode)
-
-
 def read_question_files(paths: list[str], limit: int) -> list[dict]:
-    """The first `limit` (0: all) questions of each file; errors as in `read_questions`."""
+    """The first `limit` (0: all) questions of each file; errors as in `read_questions`.
+
+    The dataset of questions that name none is their file's name, or its path if files share a name.
+    """
+    file_names = [Path(path).stem for path in paths]
     questions = {}
     for path in paths:
-        for question in read_questions(path)[: limit or None]:
+        is_unique = file_names.count(Path(path).stem) == 1
+        for question in read_questions(path, None if is_unique else path)[: limit or None]:
             dataset, name = question_key(question)
             if (dataset, name) in questions:
                 raise ValueError(f"{path}: id {name!r} of dataset {dataset!r} for the second time")
@@ -168,18 +133,11 @@ def read_question_files(paths: list[str], limit: int) -> list[dict]:
 def answer_remaining(evaluation: Evaluation, questions: list[dict], journal: Journal) -> list[dict]:
     """Answer the questions that the journal lacks; the records of all, in the questions' order."""
     with reraise_corrupt(journal.path, "remove it to begin again"):
+        measure_by_dataset(journal.records)  # raises if an answer lacks its scores
         finished = {question_key(record): record for record in journal.records}
     remaining = [question for question in questions if question_key(question) not in finished]
     if remaining:
-        rollout, encode = open_rollout(
-            evaluation.model,
-            open_retriever(evaluation.retriever).search,
-            TAGS,
-            load_prompt(evaluation.prompt_file),
-            evaluation.rollout_limits,
-            evaluation.engine,
-            evaluation.gpu_memory_utilization,
-        )
+        rollout, encode = open_rollout(evaluation)
         answered = answer_questions(rollout, encode, remaining, evaluation.seed)
         for record in tqdm(answered, "evaluate", len(questions), initial=len(finished)):
             journal.append(record)
@@ -199,11 +157,21 @@ def read_metrics(file: Path) -> dict:
 
 
 def read_results(folders: list[Path]) -> dict[str, dict]:
-    """Results of evaluations by "FOLDER DATASET", with ACC_L where `judge` has been run."""
+    """Results of evaluations by "FOLDER DATASET", with ACC_L where `judge` has been run.
+
+    Verdicts on another file, such as an earlier evaluation's in the same folder, are left out.
+    """
     results = {}
     for folder in folders:
         judged_file = folder / "transcripts.judged.jsonl"
-        judged = measure_outputs(read_outputs(judged_file)) if judged_file.exists() else {}
+        judged = {}
+        if judged_file.exists() and (folder / "transcripts.jsonl").exists():
+            outputs = read_outputs(judged_file)
+            transcripts_sha256 = fingerprint(folder / "transcripts.jsonl")
+            if all(output.get("judged_sha256") == transcripts_sha256 for output in outputs):
+                judged = measure_outputs(outputs)
+            else:
+                print(f"{judged_file}: left out, it judges another file", file=sys.stderr)
         for dataset, result in read_metrics(folder / "metrics.json")["results"].items():
             scores = judged.get(dataset, {})
             if "acc_l" in scores:
@@ -222,11 +190,9 @@ def run(evaluation: Annotated[Evaluation, tyro.conf.arg(name="")]) -> None:
     journal_file = out / "answered.jsonl.partial"
     metrics_file = out / "metrics.json"
     if metrics_file.exists():
-        # The commit may differ: showing finished numbers claims nothing about today's code.
-        saved = read_metrics(metrics_file)["protocol"] | {"commit": protocol["commit"]}
-        differing = ", ".join(name for name in protocol if saved.get(name) != protocol[name])
-        if differing:
-            raise ValueError(f"{metrics_file}: another protocol ({differing}); change --out")
+        # The software may differ: showing finished numbers claims nothing about today's software.
+        saved = read_metrics(metrics_file)["protocol"]
+        refuse_changed_settings(metrics_file, saved, protocol, "change --out", {"software"})
         print(f"{out}: evaluated already")
     else:
         records = answer_remaining(evaluation, questions, Journal(journal_file, protocol))
@@ -267,32 +233,6 @@ def read_outputs(path: Path) -> list[dict]:
 
     expected = '{"question", "answers", "answer"} or {"question", "answer", "pred_ans"}'
     return [line["record"] for line in read_jsonl(path, parse, expected)]
-
-
-def measure_outputs(outputs: list[dict]) -> dict[str, dict]:
-    """Answer metrics by dataset and, if any output has a verdict, ACC_L over all of them."""
-    metrics = METRICS | {"acc_r_contiguous": contiguous_match}
-    judged = any(verdict(output["judge_reply"]) is not None for output in outputs)
-
-    def metrics_of(output: dict) -> dict[str, float]:
-        values = {}
-        for name, metric in metrics.items():
-            values[name] = best(metric, output["answer"], output["answers"])
-        if judged:
-            values["acc_l"] = verdict(output["judge_reply"]) is True
-        return values
-
-    return measure_by_dataset(outputs, metrics_of)
-
-
-def count_verdicts(outputs: list[dict]) -> bool:
-    """Print how many outputs have a verdict, to stderr; True if all have one."""
-    replies = [output["judge_reply"] for output in outputs]
-    judged = sum(verdict(reply) is not None for reply in replies)
-    missing = replies.count(None)
-    unparsed = len(replies) - judged - missing
-    print(f"judged {judged}, unparsed {unparsed}, without reply {missing}", file=sys.stderr)
-    return judged == len(replies)
 
 
 def score(
@@ -415,14 +355,18 @@ def judge(
     """
     outputs = read_outputs(file)
     out = out or file.with_suffix(".judged.jsonl")
-    if out.exists() and any(o.get("judge_model") != model for o in read_outputs(out)):
-        raise ValueError(f"{out}: holds something other than verdicts of {model}; change --out")
+    file_sha256 = fingerprint(file)
+    existing = read_outputs(out) if out.exists() else []
+    for earlier in existing:
+        if earlier.get("judge_model") != model or earlier.get("judged_sha256") != file_sha256:
+            holds = f"holds something other than verdicts of {model} on {file}"
+            raise ValueError(f"{out}: {holds}; change --out or remove it")
     if concurrency < 1:
         raise ValueError(f"--concurrency {concurrency}: at least 1")
     settings = {"server": base_url, "model": model, "prompt": JUDGE_PROMPT.replace("\n", " ")}
     journal = Journal(out.with_name(f"{out.name}.replies"), settings)
     add_verdicts(outputs, journal, base_url, model, concurrency)
-    write_jsonl(out, outputs)
+    write_jsonl(out, [output | {"judged_sha256": file_sha256} for output in outputs])
     complete = count_verdicts(outputs)
     *_, overall = measure_outputs(outputs).values()  # the last one is "all"
     accuracy = format_cell("acc_l", overall.get("acc_l")) or "none"

@@ -19,6 +19,10 @@ from reinforce_pp import token_log_probs
 # Timeout of collectives: how far one rank's rollout may lag behind another's. If a rank dies, the
 # others end at once all the same.
 COLLECTIVE_TIMEOUT = timedelta(hours=3)
+# Options of configurations that change the logits behind the head.
+LOGIT_RESCALINGS = """
+    final_logit_softcapping logits_soft_cap logits_scaling logit_scale lm_head_multiplier
+""".split()
 
 # --------------------------------------------------------------------------------------------------
 # Ranks
@@ -90,6 +94,49 @@ class Policy(nn.Module):
         return token_log_probs(hidden[source], head, targets, temperature)
 
 
+def refuse_unsupported(model: str, max_context: int) -> None:
+    """Refuse a model that `Policy` and the masks of `pack` would not compute as its authors do.
+
+    The head must be a plain linear map. Every decoder layer must attend to the whole context, and
+    positions must enter it in the same way whatever else is computed: in a shared row a token's
+    place in the row is not its place in the sequence, which a sliding window, a convolution or a
+    recurrence would have to know.
+
+    Args:
+        model: Hugging Face folder or hub name; only its config.json is read.
+        max_context: tokens of the longest sequence.
+    Raises:
+        ValueError: names what is not supported.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model)
+    try:
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"--model {model}: {reason}; use another model") from None
+    head_bias = getattr(lm.get_output_embeddings(), "bias", None)
+    rescaled = any(getattr(config, name, None) for name in LOGIT_RESCALINGS)
+    block_types = getattr(config, "layer_types", None) or getattr(config, "block_types", None)
+    window = getattr(config, "sliding_window", None)
+    rope_type = str((getattr(config, "rope_parameters", None) or {}).get("rope_type"))
+    if head_bias is not None or rescaled:
+        unsupported = "its head is not a plain linear map"
+    elif not hasattr(lm.base_model, "layers"):
+        unsupported = "its decoder layers have an unknown place"
+    elif set(block_types or ["full_attention"]) != {"full_attention"}:
+        unsupported = "its layers do not all attend to the whole context"
+    elif window and window < max_context:
+        unsupported = f"its layers attend to {window} tokens only"
+    elif "dynamic" in rope_type or rope_type == "longrope":
+        unsupported = f"its positions depend on the batch (rope_type {rope_type})"
+    else:
+        return
+    raise ValueError(f"--model {model}: {unsupported}; use another model")
+
+
 def load_policy(
     model: str,
     gradient_checkpointing: bool = False,
@@ -102,10 +149,6 @@ def load_policy(
         gradient_checkpointing: recompute activations in the backward pass.
         cpu_offload: keep parameters and optimiser states in host memory.
         frozen: bf16 parameters without gradient instead of fp32 parameters to train.
-
-    Raises:
-        ValueError: the head is not a plain linear map, or attention has a sliding window; the
-            trainer supports neither.
     """
     from transformers import AutoModelForCausalLM
 
@@ -116,12 +159,6 @@ def load_policy(
         use_safetensors=True,  # never a pickle
         attn_implementation="sdpa",  # reads the boolean masks of `pack`
     )
-    rescaling = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
-    head_bias = getattr(lm.get_output_embeddings(), "bias", None)
-    if head_bias is not None or any(getattr(lm.config, name, None) for name in rescaling):
-        raise ValueError(f"--model {model}: its head is not a plain linear map; use another model")
-    if "sliding_attention" in (getattr(lm.config, "layer_types", None) or ()):
-        raise ValueError(f"--model {model}: its attention has a sliding window; use another model")
     return shard(lm, gradient_checkpointing, cpu_offload, frozen)
 
 

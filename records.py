@@ -11,8 +11,9 @@ import os
 import sys
 import traceback
 from array import array
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
@@ -121,6 +122,25 @@ def write_jsonl(path: Path, records: list[Any]) -> None:
     write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
 
 
+def refuse_changed_settings(
+    file: Path, before: dict, settings: dict, remedy: str, may_change: Container[str] = ()
+) -> None:
+    """Compare the settings in a file with those of this call.
+
+    Args:
+        file: where `before` was read.
+        settings: JSON values by name.
+        may_change: names that are not compared.
+    Raises:
+        ValueError: names a setting that differs, both values and `remedy` in one line.
+    """
+    for name in before | settings:
+        if name not in may_change and before.get(name) != settings.get(name):
+            change = f"{name!s:.50} {before.get(name)!s:.200}, not {settings.get(name)!s:.200}"
+            change = " ".join(change.split())  # one line, whatever a foreign file holds
+            raise ValueError(f"{file}: begun with {change}; {remedy}")
+
+
 class Journal:
     """The finished records of a command that may be killed and called again, as JSON lines.
 
@@ -138,20 +158,14 @@ class Journal:
     """
 
     def __init__(self, path: Path, settings: dict[str, Any]):
-        settings = json.loads(json.dumps(settings))  # as they read back: a tuple becomes a list
         lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        before = settings
         self.path, self.records = path, []
         if lines:
             with reraise_corrupt(path, "remove it to begin again"):
                 before, *self.records = [json.loads(line) for line in lines]
                 before = dict(before)
                 json.dumps(self.records, ensure_ascii=False).encode()  # no lone surrogates
-        for name in before | settings:
-            if before.get(name) != settings.get(name):
-                change = f"{name!s:.50} {before.get(name)!s:.200}, not {settings.get(name)!s:.200}"
-                change = " ".join(change.split())  # one line, whatever a foreign file holds
-                raise ValueError(f"{path}: begun with {change}; remove it to begin again")
+            refuse_changed_settings(path, before, settings, "remove it to begin again")
         write_jsonl(path, [settings, *self.records])
         self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 a line at a time
 
@@ -167,12 +181,20 @@ class Journal:
 # Reading
 
 
-def fingerprint(path: str | Path) -> str:
-    """SHA-256 of a file, or of the names and fingerprints of the files in a folder."""
+def content_files(path: Path, pattern: str = "**/*") -> list[Path]:
+    """The file itself, or a folder's files of that pattern but for hidden ones, such as locks."""
+    if not path.is_dir():
+        return [path]
+    files = [file for file in path.glob(pattern) if file.is_file()]
+    return sorted(file for file in files if "/." not in f"/{file.relative_to(path)}")
+
+
+def fingerprint(path: str | Path, pattern: str = "**/*") -> str:
+    """SHA-256 of a file, or of the names and fingerprints of a folder's `content_files`."""
     path = Path(path)
     if path.is_dir():
-        files = sorted(file for file in path.iterdir() if file.is_file())
-        listing = "".join(f"{file.name} {fingerprint(file)}\n" for file in files)
+        files = content_files(path, pattern)
+        listing = "".join(f"{file.relative_to(path)} {fingerprint(file)}\n" for file in files)
         return hashlib.sha256(listing.encode()).hexdigest()
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -302,8 +324,11 @@ def parse_question(record: dict, dataset: str) -> dict:
     }
 
 
-def read_questions(path: str | Path) -> list[dict]:
-    """All questions of a file, whose name is their dataset by default; errors: `scan_jsonl`."""
-    dataset = Path(path).stem
-    parse = lambda record: parse_question(record, dataset)  # noqa: E731
+def read_questions(path: str | Path, dataset: str | None = None) -> list[dict]:
+    """All questions of a file; errors as in `scan_jsonl`.
+
+    Args:
+        dataset: of questions that name none; by default the name of the file.
+    """
+    parse = partial(parse_question, dataset=dataset or Path(path).stem)
     return read_jsonl(path, parse, '{"id", "question", "answers"}')

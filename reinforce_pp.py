@@ -10,7 +10,8 @@ log-probabilities of sampled tokens only:
                            has passed the baseline of 4
     3. return              G_t = sum of r_s over the action tokens s >= t   (gamma = 1)
     4. group baseline      reinforce++: r;  reinforce++_baseline: r - mean of the group;
-                           grpo: (r - mean of the group) / (std of the group + eps)
+                           grpo: (r - mean of the group) / (std of the group + eps), std
+                           with n - 1
     5. normalisation       A = (G - mean) / sqrt(max(var, 1e-8)) over every action token of the
                            rollout batch; not for grpo
     6. clipped surrogate   ratio = exp(log pi - log pi_old)
@@ -107,9 +108,13 @@ def reinforce_pp_baseline(
 
 
 def grpo(rewards: Tensor, action_mask: Tensor, kl: Tensor | None, kl_coef: float) -> Tensor:
-    """Eqs. 2 to 4 with the group's mean and standard deviation; no normalisation over the batch."""
+    """Eqs. 2 to 4 with the group's mean and standard deviation; no normalisation over the batch.
+
+    The standard deviation is that of a sample, divided by n - 1, as in OpenRLHF, verl and TRL.
+    """
     centred = centre(rewards)
-    std = centred.square().mean(1, keepdim=True).sqrt()
+    others = max(1, rewards.shape[1] - 1)
+    std = (centred.square().sum(1, keepdim=True) / others).sqrt()
     standardized = centred / (std + 1e-6)
     return returns_to_go(standardized.flatten(), action_mask, kl, kl_coef)
 
@@ -176,7 +181,11 @@ def logits_in_chunks(
     """Yield (slice, fp32 logits) of `chunk` states; the caller may overwrite the logits."""
     for start in range(0, len(hidden), chunk):
         part = slice(start, start + chunk)
-        yield part, (hidden[part] @ head.T).float().div_(temperature)
+        if hidden.is_cuda:
+            logits = torch.mm(hidden[part], head.T, out_dtype=torch.float32)
+        else:  # a CPU rounds the logits to bf16 on their way
+            logits = (hidden[part] @ head.T).float()
+        yield part, logits.div_(temperature)
 
 
 class TokenLogProbs(torch.autograd.Function):
@@ -227,7 +236,8 @@ def token_log_probs(
         targets: (N,) token ids.
         chunk: states whose logits are in memory at a time.
     Returns:
-        (N,) fp32.
+        (N,), computed in fp32 from logits that are fp32 on a GPU, and rounded to the dtype of the
+        inputs on a CPU (RESULTS.md has the error).
     """
     return TokenLogProbs.apply(hidden, head, targets, temperature, chunk)
 
@@ -262,6 +272,10 @@ class Row:
     def tokens(self) -> int:
         return len(self.prefix) + self.remainders
 
+    @property
+    def is_shared(self) -> bool:
+        return len(self.members) > 1
+
     def join(self, index: int, sequence: list[int]) -> "Row":
         """This row with one more sequence, whose start may shorten the common prefix."""
         prefix = common_prefix(self.prefix, sequence)
@@ -274,7 +288,8 @@ def plan_micro_batches(sequences: dict[int, list[int]], budget: int) -> list[lis
     """Micro-batches of rows of sequences, for `pack`.
 
     A sequence joins the row before it where that saves enough. Rows are sorted by length, so that
-    the rows of a micro-batch are alike and padding is small.
+    the rows of a micro-batch are alike and padding is small. Shared and plain rows never mix: one
+    shared row would give all rows of its micro-batch a dense mask.
 
     Args:
         sequences: token ids by index; samples of one question are neighbours.
@@ -292,15 +307,16 @@ def plan_micro_batches(sequences: dict[int, list[int]], budget: int) -> list[lis
                 rows[-1] = joined
                 continue
         rows.append(Row([index], sequence, 0))
-    rows.sort(key=lambda row: row.tokens, reverse=True)
+    rows.sort(key=lambda row: (row.is_shared, row.tokens), reverse=True)
     micro_batches: list[list[list[int]]] = []
-    longest = 0  # tokens of the first row of the last micro-batch
+    first = None  # row of the last micro-batch, its longest
     for row in rows:
-        if micro_batches and (len(micro_batches[-1]) + 1) * longest <= budget:
+        joins = first is not None and row.is_shared == first.is_shared
+        if joins and (len(micro_batches[-1]) + 1) * first.tokens <= budget:
             micro_batches[-1].append(row.members)
         else:
             micro_batches.append([row.members])
-            longest = row.tokens
+            first = row
     return micro_batches
 
 

@@ -8,35 +8,31 @@ thread-safe.
     python retriever.py search --index index "a query"                          # as often as wanted
 """
 
+import hashlib
 import json
 import os
-import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
-from urllib.parse import urlsplit
+from typing import Annotated, Literal, Protocol
 
 import tyro
-import urllib3
 
 from bm25 import BM25, TantivyBM25
 from dense import Dense, Encoder, PassageFile, write_faiss, write_rows, write_vectors
 from records import (
-    MALFORMED,
     Passage,
+    content_files,
     fingerprint,
     fsync_and_rename,
-    parse_passage,
     read_passages,
-    replace_surrogates,
     reraise_corrupt,
     scan_passages,
     user_errors,
     write_text,
 )
+from search_client import Remote
+
+URL_SCHEMES = ("http://", "https://")
 
 
 class Retriever(Protocol):
@@ -45,178 +41,120 @@ class Retriever(Protocol):
 
 
 # --------------------------------------------------------------------------------------------------
-# The client of a search server
+# Index folders. A BM25 index has tantivy/. A dense one has vectors.npy, faiss.index and rows.npy,
+# and links to what is not its own: passages.jsonl and, where they are local, the encoder and a
+# prebuilt faiss.index. index.json is the header, a flat dictionary. Its entries "corpus", "encoder"
+# and "index" are the SHA-256 of the content, with size and time beside them; where the encoder is
+# one of the hub, "encoder" is its name.
 
-# A failed request is sent again up to 6 times within about a minute: after 0, 2, 4, 8, 16 and 32
-# seconds, or when the server asks for it (Retry-After). A silent server costs TIMEOUT each time.
-RETRY_POLICY = urllib3.Retry(
-    total=6,
-    backoff_factor=1,
-    retry_after_max=60,
-    status_forcelist=[429, 500, 502, 503, 504],
-    allowed_methods=None,  # all of them: a search changes nothing on the server
-    raise_on_status=False,  # the last answer says more than the exception
-)
-TIMEOUT = urllib3.Timeout(connect=5, read=60)  # seconds; read: without a byte of the answer
-HTTP = urllib3.PoolManager(maxsize=64)  # connections that are kept open for reuse, of each host
+VERSION = 2  # of index folders
 
 
-def fetch_json(method: str, url: str, **request: Any) -> dict:
-    """Send a request and parse the JSON of the answer.
+def describe_content(name: str, path: Path, header: dict) -> dict:
+    """SHA-256, size and time of a file, or of the files in a folder, as entries of a header.
 
-    RETRY_POLICY says which failures are retried; a body that is not JSON is retried too.
-
-    Args:
-        request: `headers`, and `json` (the body) or `fields` (the query string) of the request.
-
-    Raises:
-        RuntimeError: the last failure, in one line without the values of the request's headers.
+    The content is read only if size or time are others than those in `header`.
     """
-    retries = RETRY_POLICY
-    while True:
-        try:
-            response = HTTP.request(method, url, retries=retries, timeout=TIMEOUT, **request)
-        except urllib3.exceptions.HTTPError as error:
-            failure = "no answer"
-            details = str(getattr(error, "reason", error))  # of MaxRetryError: the last cause
-            break
-        failure = f"status {response.status}"
-        details = response.data.decode("utf-8", "replace")
-        if response.status != 200:
-            break
-        try:
-            return response.json()
-        except (ValueError, RecursionError):
-            failure = "not JSON"
-        if not response.retries.total:
-            break
-        retries = response.retries.increment(method, url)
-        retries.sleep()
-    for value in request.get("headers", {}).values():  # a server may quote the key that it refuses
-        details = details.replace(value.removeprefix("Bearer "), "***")
-    raise RuntimeError(f"{url}: {failure}: {details[:200]!r}")
+    files = content_files(path)
+    size = sum(file.stat().st_size for file in files)
+    time = max((file.stat().st_mtime_ns for file in files), default=0)
+    sha256 = header.get(name)
+    if not sha256 or header.get(f"{name}_size_and_time") != [size, time]:
+        sha256 = fingerprint(path)
+    return {name: sha256, f"{name}_size_and_time": [size, time]}
 
 
-@contextmanager
-def expected_shape(url: str) -> Iterator[None]:
-    """Turn what parsing an answer raises (MALFORMED) into a RuntimeError of one line."""
-    try:
-        yield
-    except MALFORMED as error:
-        failure = f"an answer of another shape than expected ({error!r:.200})"
-        raise RuntimeError(f"{url}: {failure}") from None
+def is_unchanged(name: str, path: Path, header: dict) -> bool:
+    """Whether a file or folder is there with the content that the header describes."""
+    return path.exists() and describe_content(name, path, header)[name] == header.get(name)
 
 
-class Remote:
-    """A search server. The path of its URL says which one.
-
-    `/search` is tools/search_server.py's own (and what a URL without a path means), `/queries` is
-    R1-Searcher's official server, `/retrieve` is Search-R1's.
-    """
-
-    def __init__(self, url: str):
-        self.url = url
-        self.path = urlsplit(url).path.rstrip("/")
-        if self.path not in ("/search", "/queries", "/retrieve"):
-            self.url = url.rstrip("/") + "/search"
-
-    def search(self, queries: list[str], k: int) -> list[list[Passage]]:
-        """The server's results, at most k of each query.
-
-        Raises:
-            RuntimeError: the server did not answer, or not in its shape.
-        """
-        request = {"queries": [replace_surrogates(query) for query in queries], "k": k}
-        if self.path == "/retrieve":
-            request = {"queries": request["queries"], "topk": k, "return_scores": True}
-        answer = fetch_json("POST", self.url, json=request)
-        with expected_shape(self.url):
-            results = self._parse(answer)
-            if len(results) != len(queries):
-                raise ValueError(f"{len(results)} results for {len(queries)} queries")
-            return [passages[:k] for passages in results]
-
-    def _parse(self, answer: dict) -> list[list[Passage]]:
-        if self.path == "/queries":
-            return [[parse_line(line) for line in lines] for lines in answer["answers"]]
-        if self.path == "/retrieve":
-            return [
-                [parse_hit(hit["document"] | {"score": hit["score"]}) for hit in hits]
-                for hits in answer["result"]
-            ]
-        return [[parse_hit(hit) for hit in hits] for hits in answer["results"]]
-
-
-def parse_hit(hit: dict) -> Passage:
-    """A passage with the score that the server gave it, if any."""
-    passage = parse_passage(hit)
-    if hit.get("score") is not None:
-        passage["score"] = float(hit["score"])
-    return passage
-
-
-def parse_line(line: str) -> Passage:
-    """A line of R1-Searcher's corpus: number, tab, title, three blanks, text."""
-    title, _, text = re.sub(r"^\d+\t", "", line).partition("   ")
-    return parse_passage({"id": title, "title": title, "text": text})
-
-
-# --------------------------------------------------------------------------------------------------
-# Index folders: index.json (the header), and tantivy/ or rows.npy, vectors.npy and faiss.index
-
-VERSION = 1  # of index folders
-
-
-def corpus_stamp(corpus: str) -> dict:
-    """Path and time of a corpus: while both are the same, its fingerprint need not be computed."""
-    return {"corpus": str(Path(corpus).resolve()), "mtime_ns": os.stat(corpus).st_mtime_ns}
-
-
-def prepare_folder(out: Path, corpus: str, settings: dict) -> dict:
-    """Make an index folder, or come back to one of the same corpus and settings.
-
-    Returns:
-        The header of the folder, which may be finished or not.
-
-    Raises:
-        ValueError: the folder holds something else, or an index of another corpus or settings.
-    """
-    header_file = out / "index.json"
-    expected = {"version": VERSION, **settings, "fingerprint": fingerprint(corpus)}
-    found = {}
-    if header_file.is_file():
-        with reraise_corrupt(out):
-            found = dict(json.loads(header_file.read_text()))
-    elif out.exists() and any(path.suffix != ".partial" for path in out.iterdir()):
-        raise ValueError(f"{out}: it is not empty and holds no index; choose another --out")
-    different = [name for name in expected if found.get(name) != expected[name]]
-    if different:
-        if any((out / name).exists() for name in ("tantivy", "vectors.npy", "faiss.index")):
-            names = " and ".join(different)
-            raise ValueError(f"{out}: an index with another {names} is there; choose another --out")
-        (out / "rows.npy").unlink(missing_ok=True)  # left by a call that failed
-        found = {}
-    out.mkdir(parents=True, exist_ok=True)
-    header = found | expected | corpus_stamp(corpus)
-    if header != found:
-        write_header(out, header)
-    return header
+def read_header(folder: Path, remedy: str = "build it again") -> dict:
+    """The header of an index, finished or not; ValueError names one that is damaged."""
+    with reraise_corrupt(folder, remedy):
+        header = dict(json.loads((folder / "index.json").read_text()))
+        if header["version"] != VERSION:
+            raise ValueError(f"version {header['version']}")
+        return header
 
 
 def write_header(folder: Path, header: dict) -> None:
     write_text(folder / "index.json", json.dumps(header, indent=1))
 
 
+def prepare_folder(out: Path, settings: dict, sources: dict[str, Path]) -> dict:
+    """Make an index folder, or come back to one; its header, which may be unfinished.
+
+    Args:
+        settings: entries of the header.
+        sources: files or folders by name of which the index is made.
+    Raises:
+        ValueError: the folder holds something else, or an index of other settings or sources.
+    """
+    found = {}
+    if (out / "index.json").is_file():
+        found = read_header(out, "choose another --out")
+    elif out.exists() and any(path.suffix != ".partial" for path in out.iterdir()):
+        raise ValueError(f"{out}: it is not empty and holds no index; choose another --out")
+    header = {"version": VERSION, **settings}
+    for name, path in sources.items():
+        header |= describe_content(name, path, found)
+    different = [name for name in (*settings, *sources) if found.get(name) != header[name]]
+    if not different:
+        header = found | header
+    elif any((out / name).exists() for name in ("tantivy", "vectors.npy", "faiss.index")):
+        names = " and ".join(different)
+        raise ValueError(f"{out}: an index with another {names} is there; choose another --out")
+    else:
+        (out / "rows.npy").unlink(missing_ok=True)  # left by a call that failed
+    out.mkdir(parents=True, exist_ok=True)
+    write_header(out, header)
+    return header
+
+
+def verify_folder(folder: Path) -> dict:
+    """The header of a finished index whose files are those that it describes.
+
+    Raises:
+        ValueError, FileNotFoundError: one line that says what is wrong, and the remedy.
+    """
+    header = read_header(folder)
+    files = {"index": "tantivy"}
+    if header.get("kind") == "dense":
+        files = {"index": "faiss.index", "corpus": "passages.jsonl"}
+    if "encoder_size_and_time" in header:
+        files["encoder"] = "encoder"
+    for name, file in files.items():
+        path = folder / file
+        if path.is_symlink() and not path.exists():
+            target = path.resolve()
+            raise FileNotFoundError(f"{target} is not there; if it moved: ln -sfn /PATH {path}")
+        if not is_unchanged(name, path, header):
+            reason = f"{path} is not whole, or was changed since the index was built"
+            raise ValueError(f"{folder}: {reason}; build it again")
+    return header
+
+
+def link(path: Path, target: str) -> None:
+    """Make a link, in place of the one that is there."""
+    path.unlink(missing_ok=True)
+    path.symlink_to(Path(target).resolve())
+
+
 def build_bm25(corpus: str, out: Path) -> None:
     """Index a passage file with tantivy. A finished index of the file is left as it is."""
-    prepare_folder(out, corpus, {"kind": "bm25"})
-    if (out / "tantivy").exists():
-        return
-    partial = out / "tantivy.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    TantivyBM25.build((passage for _, passage in scan_passages(corpus)), partial)
-    fsync_and_rename(partial, out / "tantivy")
+    header = prepare_folder(out, {"kind": "bm25"}, {"corpus": Path(corpus)})
+    index = out / "tantivy"
+    if not is_unchanged("index", index, header):
+        partial = out / "tantivy.partial"
+        for folder in (partial, index):
+            shutil.rmtree(folder, ignore_errors=True)
+        partial.mkdir()
+        TantivyBM25.build((passage for _, passage in scan_passages(corpus)), partial)
+        header |= describe_content("index", partial, header)
+        write_header(out, header)
+        fsync_and_rename(partial, index)
+    write_header(out, header | describe_content("index", index, header))
 
 
 def build_dense(
@@ -230,18 +168,18 @@ def build_dense(
     """Embed a passage file and index the vectors with faiss.
 
     Finished vectors in the folder are used again, so that another factory makes another index of
-    them.
-
-    Args:
-        encoder: argument of `Encoder`.
-        factory: of `faiss.index_factory`, such as Flat, HNSW32,SQ8 or IVF4096,PQ64.
-        parameters: see `Dense`; recorded, and used whenever the index is opened.
-        prebuilt: a faiss index of the same passages in the same order, instead of making one.
+    them. Arguments: see `index_command`.
     """
-    encoder = str(Path(encoder).resolve()) if Path(encoder).is_dir() else encoder
-    prebuilt = str(Path(prebuilt).resolve()) if prebuilt else None
-    settings = {"kind": "dense", "encoder": encoder, "prebuilt": prebuilt}
-    header = prepare_folder(out, corpus, settings)
+    settings = {"kind": "dense", "prebuilt": bool(prebuilt)}
+    sources = {"corpus": Path(corpus)}
+    if Path(encoder).is_dir():
+        sources["encoder"] = Path(encoder)
+    else:
+        settings["encoder"] = encoder  # a name on the hub
+    header = prepare_folder(out, settings, sources)
+    link(out / "passages.jsonl", corpus)
+    if "encoder" in sources:
+        link(out / "encoder", encoder)
     rows = out / "rows.npy"
     vectors = out / "vectors.npy"
     index = out / "faiss.index"
@@ -252,16 +190,15 @@ def build_dense(
     if not prebuilt:
         if not vectors.exists():
             write_vectors(vectors, passages, Encoder(encoder))
-        size = index.stat().st_size if index.exists() else None
-        if (header.get("factory"), header.get("bytes")) != (factory, size):
+        if header.get("factory") != factory or not is_unchanged("index", index, header):
             write_faiss(index, vectors, factory)
-            header |= {"factory": factory, "bytes": index.stat().st_size}
+            header |= {"factory": factory, **describe_content("index", index, header)}
             write_header(out, header)
     Dense(passages, Path(prebuilt or index), encoder, parameters)  # refuses what does not match
     if prebuilt:
-        index.unlink(missing_ok=True)
-        index.symlink_to(prebuilt)
-    write_header(out, header | {"parameters": parameters, "bytes": index.stat().st_size})
+        link(index, prebuilt)
+    header |= {"parameters": parameters, **describe_content("index", index, header)}
+    write_header(out, header)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -270,69 +207,77 @@ def build_dense(
 # A larger passage file must be indexed on disk (1 GiB: about 2 million passages, which take half a
 # minute a million whenever they are indexed in memory).
 MAX_IN_MEMORY_BYTES = 1 << 30
-# With more passages rank-bm25 is slow: a query takes it about 8 microseconds a passage.
-MAX_RANK_BM25_PASSAGES = 2000
+# A larger passage file is searched with tantivy: rank-bm25 takes about 8 microseconds a passage and
+# query, and 1 MiB holds about 2,000 passages of 80 words.
+MAX_RANK_BM25_BYTES = 1 << 20
 
 
-def open_index(folder: Path, corpus: str | None) -> Retriever:
-    """Open an index folder; arguments and errors as in `open_retriever`."""
-    with reraise_corrupt(folder):
-        header = json.loads((folder / "index.json").read_text())
-        if header["version"] != VERSION:
-            raise ValueError(f"version {header['version']}")
-        is_dense = header["kind"] == "dense"
-        indexed = header["fingerprint"]
-        if is_dense:
-            encoder = str(header["encoder"])
-            parameters = str(header["parameters"])
-            corpus = corpus or str(header["corpus"])  # a BM25 index holds its passages itself
-            if header["bytes"] != os.path.getsize(folder / "faiss.index"):
-                raise ValueError("faiss.index is not whole")  # faiss would die, by a signal
-    if corpus and not Path(corpus).is_file():
-        remedy = "say where it is with --corpus"
-        raise FileNotFoundError(f"{folder}: its corpus {corpus} is not there; {remedy}")
-    if corpus and header | corpus_stamp(corpus) != header and fingerprint(corpus) != indexed:
-        remedy = "build an index of that one"
-        raise ValueError(f"{folder}: built from another corpus than {corpus}; {remedy}")
-    if not is_dense:
+def open_index(folder: Path) -> Retriever:
+    """Open an index folder; errors as in `open_retriever`."""
+    header = verify_folder(folder)
+    if header.get("kind") != "dense":
         return TantivyBM25.open(folder / "tantivy")
     with reraise_corrupt(folder):
-        passages = PassageFile(corpus, folder / "rows.npy")
+        encoder = str(header["encoder"])  # of a local one the SHA-256
+        if "encoder_size_and_time" in header:
+            encoder = str((folder / "encoder").resolve())
+        parameters = str(header["parameters"])
+        passages = PassageFile(folder / "passages.jsonl", folder / "rows.npy")
     return Dense(passages, folder / "faiss.index", encoder, parameters)
 
 
-def open_retriever(source: str, backend: str = "auto", corpus: str | None = None) -> Retriever:
+def open_retriever(source: str) -> Retriever:
     """Open what `--retriever` names.
 
     Args:
         source: passage file (JSONL), index folder, or http://HOST:PORT of a search server.
-        backend: of a passage file: rank-bm25, tantivy (in memory) or auto, which goes by size.
-        corpus: where the passages of an index folder are, if they moved.
 
     Raises:
         ValueError, FileNotFoundError: one line that says what is wrong with `source`.
     """
-    if source.startswith(("http://", "https://")):
+    if source.startswith(URL_SCHEMES):
         return Remote(source)
     if Path(source, "index.json").is_file():
-        return open_index(Path(source), corpus)
+        return open_index(Path(source))
     if not Path(source).is_file():
         raise FileNotFoundError(
             f"{source}: neither a passage file, an index folder nor a URL (--retriever)"
         )
-    if backend == "auto":
-        first = islice(scan_passages(source), MAX_RANK_BM25_PASSAGES + 1)
-        small = sum(1 for _ in first) <= MAX_RANK_BM25_PASSAGES
-        backend = "rank-bm25" if small else "tantivy"
-    if backend == "rank-bm25":
+    size = os.path.getsize(source)
+    if size <= MAX_RANK_BM25_BYTES:
         return BM25(read_passages(source))
-    if os.path.getsize(source) > MAX_IN_MEMORY_BYTES:
+    if size > MAX_IN_MEMORY_BYTES:
         out = f"{Path(source).with_suffix('')}-index"
         raise ValueError(
             f"{source}: too large to be indexed in memory whenever it is opened; once and for all: "
             f"python retriever.py index --kind bm25 --corpus {source} --out {out}"
         )
     return TantivyBM25.build(passage for _, passage in scan_passages(source))
+
+
+def retriever_fingerprint(source: str) -> str | None:
+    """What identifies the passages and the index that `source` names, wherever they lie.
+
+    Returns:
+        The SHA-256 of a passage file, or of what an index folder is made of; what a search server
+        reports; None if a server reports nothing (those of other projects), or nothing is there.
+
+    Raises:
+        ValueError, FileNotFoundError: an index folder is damaged or was changed.
+        ConnectionError: a search server does not answer.
+    """
+    if source.startswith(URL_SCHEMES):
+        return Remote(source).fingerprint()
+    if Path(source).is_file():
+        return fingerprint(source)
+    if not Path(source, "index.json").is_file():
+        return None
+    header = verify_folder(Path(source))
+    names = ["kind", "corpus"]
+    if header.get("kind") == "dense":
+        names += ["encoder", "parameters", "index"]
+    parts = [header.get(name) for name in names]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -351,19 +296,17 @@ def index_command(
     """Build an index folder. A second call completes an interrupted one.
 
     Args:
-        kind: bm25 (tantivy) or dense (faiss).
+        kind: bm25 (tantivy) or dense (faiss); the options that follow are for dense.
         corpus: passage file (JSONL).
         out: folder to make.
-        encoder: dense: folder or hub name of an encoder, such as BAAI/bge-large-en-v1.5.
-        factory: dense: faiss index_factory, such as HNSW32,SQ8 (default Flat).
-        parameters: dense: faiss parameters, such as nprobe=64 or efSearch=128.
-        prebuilt: dense: a faiss index of --corpus, row by row, instead of making one.
+        encoder: folder or hub name of an encoder, such as BAAI/bge-large-en-v1.5.
+        factory: of faiss.index_factory, such as HNSW32,SQ8 or IVF4096,PQ64 (default Flat).
+        parameters: of faiss, such as nprobe=64; recorded, and used whenever the index is opened.
+        prebuilt: a faiss index of the same passages in the same order, instead of making one.
     """
     if kind == "bm25":
         if encoder or factory or parameters or prebuilt:
-            raise ValueError(
-                "--encoder, --factory, --parameters and --prebuilt are for --kind dense"
-            )
+            raise ValueError("--encoder, --factory, --parameters, --prebuilt: for --kind dense")
         build_bm25(corpus, out)
         return
     if not encoder:
@@ -377,8 +320,6 @@ def search_command(
     query: tyro.conf.Positional[str],
     index: str,
     k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 5,
-    corpus: str | None = None,
-    backend: Literal["auto", "rank-bm25", "tantivy"] = "auto",
 ) -> None:
     """Show the passages of a query.
 
@@ -386,12 +327,10 @@ def search_command(
         query: what to search for.
         index: anything that --retriever takes.
         k: passages to show.
-        corpus: of an index folder: where its passages are, if they moved.
-        backend: of a passage file.
     """
     if k < 1:
         raise ValueError("-k: at least 1")
-    (passages,) = open_retriever(index, backend, corpus).search([query], k)
+    (passages,) = open_retriever(index).search([query], k)
     for passage in passages:
         print(f"{passage['title']}: {passage['text']}")
 

@@ -51,40 +51,9 @@ often as you need.
 When you know the answer, close your reasoning and write nothing but the answer itself, in a few \
 words, like this: {TAGS.think.closing} {TAGS.answer.opening} the answer {TAGS.answer.closing}"""
 
-# Two worked examples for a model too small to follow instructions. What such a model copies best
-# are new lines around the tags and a sentence that repeats the document's wording.
-_EXAMPLES = f"""\
-Question: Who directed the film Red Harbor?
-{TAGS.think.opening}
-I need to find Red Harbor.
-{TAGS.query.opening} Red Harbor {TAGS.query.closing}
-
-{TAGS.documents.opening}
-(1)Red Harbor   Red Harbor is a film. It was shot in Dover. It was directed by Peter Lane.
-{TAGS.documents.closing}
-It was directed by Peter Lane.
-{TAGS.think.closing}
-{TAGS.answer.opening} Peter Lane {TAGS.answer.closing}
-
-Question: Where was Laura Webb born?
-{TAGS.think.opening}
-I need to find Laura Webb.
-{TAGS.query.opening} Laura Webb {TAGS.query.closing}
-
-{TAGS.documents.opening}
-(1)Laura Webb   Laura Webb is a singer. She was born in Salem. She is married to Mark Fox.
-{TAGS.documents.closing}
-She was born in Salem.
-{TAGS.think.closing}
-{TAGS.answer.opening} Salem {TAGS.answer.closing}
-
-Question: {{question}}
-{TAGS.think.opening}"""
-
 PROMPTS: dict[str, list[tuple[str, str]]] = {
     "base": [("text", f"{_INSTRUCTIONS}\n\nQuestion: {{question}}\n{TAGS.think.opening}")],
     "chat": [("system", _INSTRUCTIONS), ("user", "{question}"), ("prefill", TAGS.think.opening)],
-    "demo": [("text", _EXAMPLES)],
 }
 
 
@@ -117,13 +86,13 @@ def one_think(text: str) -> bool:
 
 
 def one_answer(text: str) -> bool:
-    """There is exactly one answer, it follows the reasoning, and nothing follows it."""
+    """There is exactly one answer, not empty, after the reasoning, and nothing follows it."""
     opening, closing = TAGS.answer
     if text.count(opening) != 1 or text.count(closing) != 1:
         return False
     think_end = text.rfind(TAGS.think.closing)
     in_order = think_end < text.index(opening) < text.index(closing)
-    return in_order and text.rstrip().endswith(closing)
+    return in_order and text.rstrip().endswith(closing) and extract_answer(text) != ""
 
 
 def paired_queries(text: str) -> bool:
@@ -144,8 +113,8 @@ def no_documents(text: str) -> bool:
 
 
 def short_answer(text: str) -> bool:
-    """The answer has at most ten words, so that a list of candidates cannot farm F1."""
-    return len(extract_answer(text).split()) <= MAX_ANSWER_WORDS
+    """The answer has at most ten words, as the metrics count words: a list farms no cover-EM."""
+    return len(normalize(extract_answer(text)).split()) <= MAX_ANSWER_WORDS
 
 
 def no_script_switch(text: str) -> bool:
@@ -190,15 +159,18 @@ def normalize(text: str) -> str:
 
     SQuAD's evaluator deletes punctuation instead, so that "acid-house" and "acid house" differ.
     With blanks the authors' released outputs score what the authors report (HotpotQA: EM 58.0,
-    F1 71.9, ACC_R 65.4).
+    F1 71.9, ACC_R 65.4). Where a step would leave nothing, as of the answers "A" and "!!!", it is
+    left out.
     """
-    text = text.lower().translate(_PUNCTUATION_TO_BLANKS)
-    words = _ARTICLES.sub(" ", text).split() or text.split()  # the answer "A" stays an answer
+    text = text.lower()
+    unpunctuated = text.translate(_PUNCTUATION_TO_BLANKS)
+    words = _ARTICLES.sub(" ", unpunctuated).split() or unpunctuated.split() or text.split()
     return " ".join(words)
 
 
 def exact_match(prediction: str, gold: str) -> float:
-    return float(normalize(prediction) == normalize(gold))
+    prediction, gold = normalize(prediction), normalize(gold)
+    return float(gold != "" and prediction == gold)
 
 
 def f1(prediction: str, gold: str) -> float:
@@ -218,12 +190,15 @@ def f1(prediction: str, gold: str) -> float:
 
 def cover_exact_match(prediction: str, gold: str) -> float:
     """ACC_R of the official evaluator: every gold token occurs in the prediction, in any order."""
-    return float(set(normalize(gold).split()) <= set(normalize(prediction).split()))
+    gold_tokens = set(normalize(gold).split())
+    is_covered = gold_tokens <= set(normalize(prediction).split())
+    return float(bool(gold_tokens) and is_covered)
 
 
 def contiguous_match(prediction: str, gold: str) -> float:
     """The stricter reading of ACC_R, for comparison: the gold answer occurs in one piece."""
-    return float(f" {normalize(gold)} " in f" {normalize(prediction)} ")
+    prediction, gold = normalize(prediction), normalize(gold)
+    return float(gold != "" and f" {gold} " in f" {prediction} ")
 
 
 METRICS: dict[str, Callable[[str, str], float]] = {
@@ -246,7 +221,7 @@ class Outcome(NamedTuple):
     """Everything that a reward may look at."""
 
     text: str  # what the policy wrote, its turns joined
-    searches: int  # queries that were asked within the limit
+    searches: int  # queries within the limit that the search engine answered
     answers: list[str]  # gold answers
     failed_rule: str | None  # None: the format is right
 
@@ -315,7 +290,7 @@ def score_episode(
 
     Args:
         segments: (kind, text) in order; only kind "policy" is looked at.
-        searches: queries that were asked within the limit.
+        searches: queries within the limit that the search engine answered.
         answers: gold answers, at least one.
         reward: a name in `REWARDS`.
     Returns:

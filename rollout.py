@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from engine import Completion, Engine, open_engine
+from engine import Completion, Engine
 
 # --------------------------------------------------------------------------------------------------
 # The contract between the files
@@ -36,11 +36,18 @@ class Episode:
     token_ids: list[int] = field(default_factory=list)  # prompt, sampled tokens and documents
     action_mask: list[int] = field(default_factory=list)  # 1 where the policy sampled the token
     log_probs: list[float] = field(default_factory=list)  # the sampler's own, 0 where not sampled
-    segments: list[tuple[str, str]] = field(default_factory=list)  # (prompt|policy|documents, text)
+    # (prompt|policy|documents, text). The text of a turn ends with its closing tag; what the last
+    # token holds behind the tag, as in `>.`, is in `token_ids` alone and is not judged.
+    segments: list[tuple[str, str]] = field(default_factory=list)
     queries: list[str] = field(default_factory=list)  # the queries that were asked, in order
     finish_reason: str = ""  # answer, eos, length, max_searches or bad_query; "" while it runs
     search_failures: int = 0  # queries that got an empty result because the retriever failed
     rewards: dict[str, Any] = field(default_factory=dict)  # the result of `reward.score_episode`
+
+    @property
+    def answered(self) -> int:
+        """Number of queries that the retriever answered."""
+        return len(self.queries) - self.search_failures
 
     def add(
         self, kind: str, token_ids: list[int], text: str, log_probs: list[float] | None = None
@@ -58,9 +65,7 @@ class Limits:
     """What a trajectory may use; training and evaluation share these limits."""
 
     max_searches: int = 8  # queries per episode (paper)
-    documents_per_search: int = (
-        3  # passages per query: 3 in training, 5 at evaluation (official code)
-    )
+    documents_per_search: int = 3  # passages per query (official code; at evaluation 5)
     max_turn_tokens: int = 512  # tokens sampled between two stops (official code)
     max_document_tokens: int = 2048  # tokens of one documents block; longer blocks are cut
     max_context: int = 29_000  # prompt, policy and documents together, in tokens (official code)
@@ -137,6 +142,9 @@ REJOIN_AFTER_STEPS = 4
 # While so many lookups are running, queries wait and share the next one, so that a retriever in
 # trouble is asked less.
 MAX_CONCURRENT_SEARCHES = 4
+# After a failed lookup each query is asked again alone, until so many in a row have failed: the
+# client of a search server may try each of them for a minute.
+MAX_SINGLE_FAILURES = 3
 
 
 @dataclass(frozen=True)
@@ -177,12 +185,11 @@ class Rollout:
         self._max_document_characters = limits.max_document_tokens * longest_token
         self._pool = ThreadPoolExecutor(MAX_CONCURRENT_SEARCHES, thread_name_prefix="search")
 
-    def run(self, episodes: Iterable[Episode | None], max_running: int = 256) -> Iterator[Episode]:
+    def run(self, episodes: Iterable[Episode], max_running: int = 256) -> Iterator[Episode]:
         """Yield each episode as it finishes.
 
         Args:
-            episodes: read lazily, at most `max_running` are under way. None means that there is
-                none to start now; `episodes` is asked again as long as others are under way.
+            episodes: read lazily, at most `max_running` are under way.
         """
         source = iter(episodes)
         decoding: dict[int, Episode] = {}  # by the engine's key
@@ -193,7 +200,7 @@ class Rollout:
             # New episodes start, and those whose documents are due rejoin.
             searching = sum(len(lookup.episodes) for lookup in lookups)
             places = max_running - len(decoding) - len(asking) - searching
-            ready = [episode for episode in islice(source, places) if episode is not None]
+            ready = list(islice(source, places))
             for episode in ready:
                 episode.add("prompt", episode.prompt_ids, self.tokenizer.decode(episode.prompt_ids))
             for lookup in self._due(lookups, engine_steps, idle=not decoding and not ready):
@@ -218,7 +225,7 @@ class Rollout:
                     yield episode
             # Queries that are ready together go as one batch.
             if asking and len(lookups) < MAX_CONCURRENT_SEARCHES:
-                results = self._pool.submit(self._look_up, [e.queries[-1] for e in asking])
+                results = self._pool.submit(self._look_up, asking)
                 lookups.append(Lookup(asking, results, engine_steps))
                 asking = []
 
@@ -257,12 +264,14 @@ class Rollout:
     def _absorb(self, episode: Episode, completion: Completion) -> bool:
         """Append the sampled turn; True if it asks a query, else the episode is finished."""
         text = self.tokenizer.decode(completion.token_ids)
+        if completion.stop in (self.tags.query.closing, self.tags.answer.closing):
+            before_closing, closing, _ = text.partition(completion.stop)
+            text = before_closing + closing
         episode.add("policy", completion.token_ids, text, completion.log_probs)
         if completion.stop != self.tags.query.closing:
             reasons = {None: "length", "eos": "eos", self.tags.answer.closing: "answer"}
             episode.finish_reason = reasons[completion.stop]
             return False
-        before_closing, _, _ = text.partition(self.tags.query.closing)
         _, opened, query = before_closing.rpartition(self.tags.query.opening)
         if not opened or not query.strip():
             episode.finish_reason = "bad_query"
@@ -273,54 +282,55 @@ class Rollout:
         episode.queries.append(query.strip())
         return True
 
-    def _look_up(self, queries: list[str]) -> list[tuple[list[int], bool]]:
+    def _look_up(self, episodes: list[Episode]) -> list[tuple[list[int], bool]]:
         """Search and tokenise, in the pool: per query its documents block and whether it failed.
 
-        Whatever the search raises or returns, the run goes on and counts the failure.
+        Whatever the search raises or returns, the run goes on and counts the failure. After a
+        failure each query is asked again alone, so that it fails no other, but not if the retriever
+        is silent (ConnectionError): its client has tried again already. See MAX_SINGLE_FAILURES.
         """
+        queries = [episode.queries[-1] for episode in episodes]
         try:
             results = self.search(queries, self.limits.documents_per_search)
             blocks = []
-            for _, passages in zip(queries, results, strict=True):
-                blocks.append((self._encode_documents(passages), False))
+            for episode, passages in zip(episodes, results, strict=True):
+                blocks.append((self._encode_documents(episode, passages), False))
             return blocks
         except BaseException as error:  # a panic of tantivy is not an Exception
-            self.search_error = repr(error)  # as text: a panic cannot be pickled for other ranks
-            return [(self._encode_documents([]), True) for _ in queries]
+            is_silent = isinstance(error, ConnectionError)
+            message = repr(error)  # as text: a panic cannot be pickled for other ranks
+        if is_silent or len(episodes) == 1:
+            self.search_error = message
+            return [(self._encode_documents(episode, []), True) for episode in episodes]
+        blocks = []
+        failures_in_a_row = 0
+        for episode in episodes:
+            if failures_in_a_row == MAX_SINGLE_FAILURES:
+                ids, failed = self._encode_documents(episode, []), True
+            else:
+                ((ids, failed),) = self._look_up([episode])
+                failures_in_a_row = failures_in_a_row + 1 if failed else 0
+            blocks.append((ids, failed))
+        return blocks
 
-    def _encode_documents(self, passages: list[dict[str, str]]) -> list[int]:
-        r"""`\n\n<tag>\n(1)title   text\n ...\n<tag>`, cut to the token budget.
+    def _encode_documents(self, episode: Episode, passages: list[dict[str, str]]) -> list[int]:
+        r"""`\n\n<tag>\n(1)title   text\n ...\n<tag>`, cut to the token budget and the context.
 
-        The closing tag is kept whole. The block must not end in white space: most tokenizers split
-        white space differently at the end of a string than inside running text, and the model would
-        continue from a token boundary that it never saw.
+        Between the query's closing tag and the block are two new lines. Those that the tag's last
+        token holds count, and the block begins with the others (none where the token holds more).
+
+        The closing tag is kept whole, unless the context ends within it. The block must not end in
+        white space: most tokenizers split white space differently at the end of a string than
+        inside running text, and the model would continue from a token boundary that it never saw.
         """
         opening, closing = self.tags.documents
+        last_token = self.tokenizer.decode(episode.token_ids[-1:])
+        blanks = last_token[len(last_token.rstrip()) :]
+        missing_new_lines = 2 - blanks.count("\n")
         lines = [f"({n}){p['title']}   {p['text']}" for n, p in enumerate(passages, 1)]
-        text = f"\n\n{opening}\n" + "\n".join(lines or ["(no results)"])
+        text = "\n" * missing_new_lines + f"{opening}\n" + "\n".join(lines or ["(no results)"])
         closing_ids = self._encode("\n" + closing)
-        budget = max(0, self.limits.max_document_tokens - len(closing_ids))
-        return self._encode(text[: self._max_document_characters])[:budget] + closing_ids
-
-
-def open_rollout(
-    model: str,
-    search: Callable[[list[str], int], list[list[dict]]],
-    tags,
-    template: list[tuple[str, str]],
-    limits: Limits,
-    engine: str = "vllm",
-    gpu_memory_utilization: float = 0.9,
-) -> tuple[Rollout, Callable[[str], list[int]]]:
-    """Open a model for inference: the loop over it, and the encoder from question to prompt ids.
-
-    On a CPU the loop is deterministic; on a GPU decoding goes on while the retriever works.
-    """
-    import torch
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    encode = prompt_encoder(tokenizer, template)  # refuses a bad prompt before the engine loads
-    loaded = open_engine(engine, model, limits.max_context, gpu_memory_utilization)
-    deterministic = not torch.cuda.is_available()
-    return Rollout(loaded, tokenizer, search, tags, limits, deterministic), encode
+        room = self.limits.max_context - len(episode.token_ids)
+        budget = max(0, min(self.limits.max_document_tokens, room) - len(closing_ids))
+        ids = self._encode(text[: self._max_document_characters])[:budget] + closing_ids
+        return ids[:room]

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from checkpoint import Progress, RunFolder, export, load_checkpoint, save_checkpoint
 from config import Config, parse_arguments
-from evaluate import answer_questions
+from inference import answer_questions, describe_inputs, open_rollout
 from metrics import episode_record, summarize
 from policy import (
     Policy,
@@ -37,27 +37,22 @@ from policy import (
     gather,
     load_policy,
     peak_memory_gib,
+    refuse_unsupported,
     release_memory,
     start_distributed,
     timed,
     whole_parameters,
 )
-from records import read_questions, user_errors
-from reinforce_pp import (
-    estimate_advantages,
-    kl_estimate,
-    pack,
-    plan_micro_batches,
-    policy_loss,
-)
-from retriever import open_retriever
-from reward import TAGS, load_prompt, score_episode
-from rollout import Episode, Limits, derive_seed, open_rollout
+from records import fingerprint, read_questions, user_errors
+from reinforce_pp import estimate_advantages, kl_estimate, pack, plan_micro_batches, policy_loss
+from reward import score_episode
+from rollout import Episode, derive_seed
 
 MAX_GRAD_NORM = 1.0  # OpenRLHF's default, which the official scripts keep
 ADAM_BETAS = (0.9, 0.95)  # OpenRLHF's default, which the official scripts keep
 MAX_CONSECUTIVE_SKIPPED = 3  # updates with a gradient that is not finite, after which the run stops
-MAX_SEARCH_FAILURES = 0.2  # share of a batch's queries that may fail; with more the run stops
+MAX_SEARCH_FAILURES = 0.2  # share of a step's queries that may fail; with more the run stops
+MIN_SEARCHES = 20  # queries of which the share is taken: those of earlier steps count if need be
 
 # --------------------------------------------------------------------------------------------------
 # The rollout batch
@@ -118,16 +113,8 @@ class Sampler:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.questions = read_questions(config.questions)
         self.eval_questions = read_questions(config.eval_questions) if config.eval_every else []
-        limits = {field.name for field in dataclasses.fields(Limits)} & vars(config).keys()
-        self.rollout, self.encode = open_rollout(
-            config.model,
-            open_retriever(config.retriever).search,
-            TAGS,
-            load_prompt(config.prompt_file),
-            Limits(**{name: getattr(config, name) for name in limits}),
-            config.engine,
-            config.gpu_memory_utilization,
-        )
+        self.rollout, self.encode = open_rollout(config)
+        self.failed_searches: list[bool] = []  # of the last queries, whether each one failed
         self.engine = self.rollout.engine
         self.engine.sleep()
 
@@ -158,11 +145,16 @@ class Sampler:
             episodes += shares[number % self.world][start : start + samples]
         return episodes
 
-    def stop_if_searches_fail(self, share: float) -> None:
+    def stop_if_searches_fail(self, episodes: list[Episode]) -> None:
         """Raises RuntimeError with the retriever's message if too many queries failed."""
-        if share > MAX_SEARCH_FAILURES:
+        recent = self.failed_searches
+        for e in episodes:
+            recent += [True] * e.search_failures + [False] * e.answered
+        considered = max(sum(len(e.queries) for e in episodes), MIN_SEARCHES)
+        del recent[:-considered]
+        if sum(recent) > MAX_SEARCH_FAILURES * considered:
             errors = [error for [error] in gather([self.rollout.search_error]) if error]
-            raise RuntimeError(f"{share:.0%} of the searches failed: {errors[0]}")
+            raise RuntimeError(f"{sum(recent)} of {len(recent)} searches failed: {errors[0]}")
 
     def evaluate(self) -> dict[str, float]:
         """Metrics of greedy answers to the held-out questions, each rank's share of them."""
@@ -352,17 +344,17 @@ class Trainer:
 def train(config: Config, out: Path, resume: bool = False, logger: str | None = None) -> None:
     """Run `config.steps` iterations, or what is left of them; export the model to `out`/model."""
     start_distributed()
-    run = RunFolder(out, config, logger)
+    settings = dataclasses.asdict(config)
+    if dist.get_rank() == 0:
+        settings |= describe_inputs(config)
+        settings["questions_fingerprint"] = fingerprint(config.questions)
+    run = RunFolder(out, settings, logger)
     with run.lock(resume):
-        checkpoint, progress, exported = run.find_progress(resume)
-        if progress.step > config.steps:
-            raise ValueError(
-                f"{out}: the run is at step {progress.step}, past --steps {config.steps}; "
-                "give another --out"
-            )
-        if progress.step == config.steps and exported:
+        checkpoint, progress, finished = run.find_progress(resume)
+        if finished:
             run.print_rank0(f"{out}: finished at step {config.steps}; the model is {out / 'model'}")
             return
+        refuse_unsupported(config.model, config.max_context)
         sampler = Sampler(config)  # the engine first: it takes what it needs of an empty GPU
         policy = load_policy(config.model, config.gradient_checkpointing, config.cpu_offload)
         reference = None
@@ -394,9 +386,9 @@ def iterate(sampler: Sampler, trainer: Trainer, run: RunFolder, progress: Progre
 
     # Score what the policy wrote.
     for e in episodes:
-        e.rewards = score_episode(e.segments, len(e.queries), e.question["answers"], config.reward)
+        e.rewards = score_episode(e.segments, e.answered, e.question["answers"], config.reward)
     metrics = {"step": step + 1} | summarize([episode_record(e) for e in episodes])
-    sampler.stop_if_searches_fail(metrics["search_failures"])
+    sampler.stop_if_searches_fail(episodes)
     if config.eval_every and step % config.eval_every == 0:
         with timed(seconds, "eval"):
             metrics |= sampler.evaluate()

@@ -26,7 +26,7 @@ def code_bytes(storage: str, dim: int) -> float:
     return {"Flat": 4 * dim, "SQfp16": 2 * dim, "SQ8": dim}[storage]
 
 
-def index_bytes(factory: str, n: int, dim: int, lists: int = LISTS, links: int = LINKS) -> float:
+def index_bytes(factory: str, n: int, dim: int, lists: int = LISTS) -> float:
     """Size of a faiss index of n vectors: on disk, and in memory where it is not memory-mapped."""
     kind, _, storage = factory.rpartition(",")
     size = n * code_bytes(storage, dim)
@@ -36,7 +36,7 @@ def index_bytes(factory: str, n: int, dim: int, lists: int = LISTS, links: int =
         size += n * 8 + lists * dim * 4  # row numbers, coarse centroids
     if kind.startswith("HNSW"):
         # Two links per M at the base, M above; levels and offsets.
-        size += n * (4 * 2 * links * (1 + 0.5 / (links - 1)) + 12)
+        size += n * (4 * 2 * LINKS * (1 + 0.5 / (LINKS - 1)) + 12)
     return size
 
 

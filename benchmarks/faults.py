@@ -34,9 +34,11 @@ from tiny import command, make_model, make_world, metrics_of, state_of
 from benchmarks.measure import ROOT, show
 from checkpoint import newest_checkpoint
 from config import Config
+from policy import start_distributed
 
 # Calls of a point in two steps or so, where there are more than two.
-MAX_CALLS = {"rollout": 40, "weight sync": 40, "checkpoint synced": 8, "update": 6}
+MAX_CALLS = {"rollout": 40, "weight sync": 40, "shard written": 80, "checkpoint synced": 8}
+MAX_CALLS |= {"checkpoint read": 1, "update": 6}
 RANK_0_ONLY = ("checkpoint written", "checkpoint synced", "old checkpoint removed", "export")
 TRAINING = {
     "algorithm": "reinforce++",
@@ -115,6 +117,7 @@ def main(
     Earlier no checkpoint is removed.
     """
     os.environ["OMP_NUM_THREADS"] = "1"
+    start_distributed()  # newest_checkpoint asks for the number of ranks
     rng = random.Random(seed)
     points = rng.sample(list(POINTS), len(POINTS))
     seconds, unbroken = {}, {}

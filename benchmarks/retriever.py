@@ -6,7 +6,7 @@
 `--passages` are real ones: corpora of `--sizes` are drawn from their words, and the questions are
 searched in them. Every backend builds and searches in a process of its own, all in one run; recall
 is that of the real passages, with `--encoder` of dense indexes too. The last line of `--json` has
-the ratios: how many times as long as tantivy the other BM25 take for a keyword query.
+the ratios: how many times as long as tantivy rank-bm25 takes for a keyword query.
 """
 
 import json
@@ -30,12 +30,14 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.measure import peak_mib, search_server, show
-from bm25 import BM25, STOP_WORDS, tokenize
+from bm25 import BM25, STOP_WORDS, TantivyBM25, tokenize
 from records import Passage, read_passages, read_questions, scan_passages
-from retriever import Remote, build_bm25, build_dense, open_retriever
+from retriever import build_bm25, build_dense, open_retriever
 from reward import best, contiguous_match
+from search_client import Remote
 
 CLIENTS = 64
+BACKENDS = {"tantivy": TantivyBM25.build, "rank-bm25": BM25}
 MAX_RANK_BM25_SIZE = 100_000  # passages; a query of a million takes rank-bm25 seconds
 # faiss factories whose recall is measured, and the parameters of each.
 FACTORIES = {"Flat": "", "HNSW32": "efSearch=64", "IVF64,Flat": "nprobe=8", "IVF64,SQ8": "nprobe=8"}
@@ -83,68 +85,44 @@ def keyword_queries(corpus: Path, count: int) -> list[str]:
     return queries
 
 
-class BM25S:
-    """bm25s as its README uses it."""
-
-    def __init__(self, passages: list[Passage]):
-        import bm25s
-
-        self.bm25s = bm25s
-        self.index = bm25s.BM25(corpus=[passage["id"] for passage in passages])
-        texts = [f"{passage['title']} {passage['text']}" for passage in passages]
-        self.index.index(self.tokenize(texts), show_progress=False)
-
-    def tokenize(self, texts: list[str]):
-        return self.bm25s.tokenize(texts, stopwords="en", show_progress=False)
-
-    def search(self, queries: list[str], k: int) -> list:
-        return self.index.retrieve(self.tokenize(queries), k=k, show_progress=False)[0]
-
-
 def build(corpus: Path, folder: Path) -> dict:
     _, ms = timed(build_bm25, str(corpus), folder)
     return {"build_s": round(ms / 1000, 1), "build_peak_mb": round(peak_mib())}
 
 
 def search(backend: str, corpus: Path, folder: Path, query_sets: dict[str, list[str]]) -> dict:
-    """Time to open (tantivy) or to build (the others), and the latency of one query at a time."""
+    """Time to open (tantivy) or to build (rank-bm25), and the latency of one query at a time."""
     if backend == "tantivy":
         index, ms = timed(open_retriever, str(folder))
     else:
-        make = BM25S if backend == "bm25s" else BM25
-        index, ms = timed(make, read_passages(corpus))
+        index, ms = timed(BM25, read_passages(corpus))
     result = {"open_ms": round(ms, 1)}
     for name, queries in query_sets.items():
         index.search(queries[-1:], 5)  # warm up
         if backend == "rank-bm25":
             queries = queries[:20]  # they are slow
-        times = sorted(timed(index.search, [query], 5)[1] for query in queries)
+        times = [timed(index.search, [query], 5)[1] for query in queries]
         result[f"{name}_ms"] = round(statistics.median(times), 3)
-        result[f"{name}_p95_ms"] = round(times[int(0.95 * len(times))], 3)
-    resident_mb = psutil.Process().memory_info().rss >> 20
-    return result | {"resident_mb": resident_mb, "peak_mb": round(peak_mib())}
+    return result | {"resident_mb": psutil.Process().memory_info().rss >> 20}
 
 
 def through_server(folder: Path, queries: list[str], requests: int) -> dict:
     """Requests of one query each by many clients at once, compared with what one client got."""
     asked = [queries[number % len(queries)] for number in range(requests)]
-    with search_server(folder) as (server, url), ThreadPoolExecutor(CLIENTS) as pool:
+    with search_server(folder) as (_, url), ThreadPoolExecutor(CLIENTS) as pool:
         remote = Remote(url)
         expected = {query: remote.search([query], 3) for query in queries}
         start = time.perf_counter()
         answers = list(pool.map(lambda query: timed(remote.search, [query], 3), asked))
         seconds = time.perf_counter() - start
-        resident_mb = server.memory_info().rss >> 20
     wrong = sum(expected[query] != found for query, (found, _) in zip(asked, answers, strict=True))
     times = sorted(ms for _, ms in answers)
     return {
-        "clients": CLIENTS,
         "requests": len(times),
         "wrong": wrong,
         "queries_per_s": round(requests / seconds),
         "p50_ms": round(times[len(times) // 2], 1),
         "p99_ms": round(times[int(0.99 * len(times))], 1),
-        "server_resident_mb": resident_mb,
     }
 
 
@@ -161,7 +139,7 @@ def recall(backend: str, passages: str, questions: str, work: Path, encoder: str
         faiss_ms = statistics.median(timed(index.index.search, vectors, 5)[1] for _ in range(100))
         result = {"encode_ms": round(encode_ms, 1), "faiss_ms": round(faiss_ms, 3)}
     else:
-        index = open_retriever(passages, backend)
+        index = BACKENDS[backend](read_passages(passages))
     index.search(["a query of some words"], 5)  # warm up
     for question in read_questions(questions):
         answers = question["answers"]
@@ -192,21 +170,19 @@ def measure(
         disk = sum(file.stat().st_size for file in index.rglob("*"))
         yield f"tantivy-{size}", result | {"disk_mb": round(disk / 2**20)}
         yield f"server-{size}", through_server(index, keywords, requests)
-        yield f"bm25s-{size}", run_alone(search, "bm25s", corpus, index, query_sets)
         if size <= MAX_RANK_BM25_SIZE:
             yield f"rank-bm25-{size}", run_alone(search, "rank-bm25", corpus, index, query_sets)
-    backends = ["rank-bm25", "tantivy"]
+    backends = list(BACKENDS)
     if encoder:
         backends += FACTORIES
     for backend in backends:
-        result = run_alone(recall, backend, passages, questions, work, encoder)
-        yield f"recall-{backend}", result
+        yield f"recall-{backend}", run_alone(recall, backend, passages, questions, work, encoder)
 
 
 def latencies(results: dict[str, dict], size: str, kind: str) -> str:
-    """Milliseconds of a query of the three BM25, as a cell of the table."""
+    """Milliseconds of a query of each backend, as a cell of the table."""
     cells = []
-    for backend in ("tantivy", "bm25s", "rank-bm25"):
+    for backend in BACKENDS:
         result = results.get(f"{backend}-{size}")
         cells.append(f"{result[kind]:.1f}" if result else "not run")
     return " / ".join(cells)
@@ -216,7 +192,7 @@ def table(results: dict[str, dict]) -> str:
     """RESULTS.md's table: tantivy by size, and its latency beside that of the others."""
     lines = [
         "| passages | build s | disk MB | opened in ms | resident MB | queries/s, 64 clients "
-        "| keyword, ms: tantivy / bm25s / rank-bm25 | question, ms: tantivy / bm25s / rank-bm25 |",
+        "| keyword, ms: tantivy / rank-bm25 | question, ms: tantivy / rank-bm25 |",
         "|" + "---|" * 8,
     ]
     for name, served in results.items():
@@ -240,11 +216,10 @@ def main(
         for name, result in measure(passages, questions, encoder, sizes, requests, Path(folder)):
             results[name] = result
             show({"name": name} | result, json)
-    for name, result in results.items():
-        backend, _, size = name.rpartition("-")
-        if backend in ("rank-bm25", "bm25s"):
-            ratio = result["keyword_ms"] / results[f"tantivy-{size}"]["keyword_ms"]
-            ratios[f"{backend}_ms / tantivy_ms at {size}"] = round(ratio, 1)
+    for size in sizes:
+        if size <= MAX_RANK_BM25_SIZE:
+            times = [results[f"{backend}-{size}"]["keyword_ms"] for backend in BACKENDS]
+            ratios[f"rank-bm25_ms / tantivy_ms at {size}"] = round(times[1] / times[0], 1)
     show(ratios, json)
     if not json:
         print(table(results))

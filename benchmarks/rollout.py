@@ -71,7 +71,7 @@ class Workload(VLLMEngine):
             self.turns[prompt] = [rng.randint(*TURN_TOKENS) for _ in range(searches + 1)]
         self.tokens = sum(map(sum, self.turns.values()))
         rollout = Rollout(self, self.tokenizer, self.search, TAGS, LIMITS)
-        self.documents = rollout._encode_documents([self.passage])
+        self.documents = rollout._encode_documents(Episode({}, []), [self.passage])
 
     # What `Rollout` calls.
 

@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.measure import ROOT, search_server, show
 from records import read_passages
-from retriever import Remote, build_bm25
+from retriever import build_bm25
+from search_client import Remote
 from tools.search_server import MAX_BODY_BYTES, MAX_PASSAGES
 
 CLIENTS = 16

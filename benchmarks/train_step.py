@@ -11,19 +11,11 @@ turns; their tokens are those of the episodes, each with its prompt:
     unshared   the same, but every episode computes its whole sequence
     bare       what `unshared` cannot beat: the model in bf16, forward and backward, as many tokens
                in rows of one length, the head over as many positions; no padding, optimiser or FSDP
-
-With --trl (`pip install trl==1.16.0`) the GRPO trainer of TRL takes turns with `step` and
-`unshared`. The recorded episodes replace its rollout, so that a step of either is advantages,
-forward, backward, clipping and AdamW, in bf16 compute over fp32 parameters. TRL pads every
-micro-batch of 8 episodes on both sides.
 """
 
 import json
 import random
 import sys
-import tempfile
-import time
-from collections import Counter, defaultdict
 from pathlib import Path
 from unittest.mock import patch
 
@@ -132,84 +124,16 @@ class Workload:
             "peak_gib": peak_memory_gib(),
         }
 
-    def recorded(self, prompts: list[str], trainer) -> dict[str, list]:
-        """TRL's rollout: a prompt is the number of its group, whose samples come in order."""
-        samples = self.config.samples_per_prompt
-        taken: Counter[str] = Counter()
-        columns = defaultdict(list)
-        for prompt in prompts:
-            episode = self.episodes[int(prompt) * samples + taken[prompt] % samples]
-            taken[prompt] += 1
-            start = len(episode.prompt_ids)
-            columns["prompt_ids"].append(episode.prompt_ids)
-            columns["completion_ids"].append(episode.token_ids[start:])
-            columns["logprobs"].append(episode.log_probs[start:])
-            columns["env_mask"].append(episode.action_mask[start:])  # 0 on the documents
-            columns["reward"].append(episode.rewards["reward"])
-        return columns
-
-    def beside_trl(self, repeats: int) -> dict[str, list[float]]:
-        """Rates as of `take_turns`: after each of TRL's steps `step` and `unshared` follow."""
-        from datasets import Dataset
-        from transformers import AutoTokenizer, TrainerCallback
-        from trl import GRPOConfig, GRPOTrainer
-
-        rates = defaultdict(list)
-        workload, config = self, self.config
-        groups = [str(group) for group in range(len(self.episodes) // config.samples_per_prompt)]
-
-        class TakeTurns(TrainerCallback):
-            def on_step_begin(self, *_, **__):
-                self.start = time.perf_counter()
-
-            def on_step_end(self, *_, **__):
-                rates["trl"].append(workload.tokens / (time.perf_counter() - self.start))
-                ways = {"step": workload.step, "unshared": workload.unshared}
-                for way, measured in take_turns(ways, 1).items():
-                    rates[way] += measured
-
-        options = GRPOConfig(
-            output_dir=tempfile.mkdtemp(),
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            per_device_train_batch_size=config.samples_per_prompt,
-            gradient_accumulation_steps=len(groups),
-            num_generations=config.samples_per_prompt,
-            max_completion_length=config.max_context,
-            max_steps=repeats + 1,  # one to warm up
-            learning_rate=config.learning_rate,
-            beta=0.0,
-            temperature=config.temperature,
-            bf16=True,
-            use_cpu=True,
-            gradient_checkpointing=False,
-        )
-        trainer = GRPOTrainer(
-            model=config.model,
-            processing_class=AutoTokenizer.from_pretrained(config.model),
-            reward_funcs=lambda prompts, completions, reward, **_: reward,
-            args=options,
-            train_dataset=Dataset.from_dict({"prompt": groups}),
-            rollout_func=self.recorded,
-            callbacks=[TakeTurns()],
-        )
-        trainer.train()
-        return {way: measured[1:] for way, measured in rates.items()}
-
 
 def main(
     model: str = "demo/stage1/model", episodes: str = "demo/stage1/trajectories.jsonl",
-    micro_batch_tokens: int = 2048, repeats: int = 5, trl: bool = False, json: bool = False,
+    micro_batch_tokens: int = 2048, repeats: int = 5, json: bool = False,
 ) -> None:  # fmt: skip
     workload = Workload(model, read_episodes(episodes), micro_batch_tokens)
-    if trl:
-        ratios = compare(workload.beside_trl(repeats), "step / trl", "unshared / trl")
-    else:
-        ways = {"step": workload.step, "unshared": workload.unshared, "bare": workload.bare}
-        take_turns(ways, 1)  # warm up
-        ratios = compare(take_turns(ways, repeats), "step / bare", "unshared / bare")
-        show(workload.facts(), json)
+    ways = {"step": workload.step, "unshared": workload.unshared, "bare": workload.bare}
+    take_turns(ways, 1)  # warm up
+    ratios = compare(take_turns(ways, repeats), "step / bare", "unshared / bare")
+    show(workload.facts(), json)
     show({"name": "ratios"} | ratios, json)
 
 

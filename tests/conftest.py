@@ -42,8 +42,22 @@ def world(tmp_path, model_folder, monkeypatch):
     return make_world(tmp_path, model_folder)
 
 
+def end_turn(tokenizer, ids: list[int], stop: list[str]) -> tuple[list[int], str]:
+    """The ids up to the token that completes a stop string, and that string; else all and "eos"."""
+    for length in range(len(ids) + 1):
+        text = tokenizer.decode(ids[:length])
+        for stop_string in stop:
+            if stop_string in text:
+                return ids[:length], stop_string
+    return ids, "eos"
+
+
 class ScriptedEngine:
-    """Answers the n-th turn of a sequence with the n-th text of the script; keeps its inputs."""
+    """Answers the n-th turn of a sequence with the n-th text of the script; keeps its inputs.
+
+    As a real engine it ends a turn with the token that completes a stop string. KEY in the text
+    stands for the engine's key of the sequence.
+    """
 
     def __init__(self, tokenizer, script: list[str]):
         self.tokenizer, self.script, self.waiting, self.given = tokenizer, script, [], []
@@ -57,12 +71,12 @@ class ScriptedEngine:
         """Finish the next `count` turns."""
         completions = []
         for key, turn, max_tokens, stop in self.waiting[:count]:
-            text = self.script[turn]
+            text = self.script[turn].replace("KEY", str(key))
             ids = self.tokenizer.encode(text, add_special_tokens=False)
-            ended_by = next((s for s in stop if s in text), "eos")
-            if len(ids) > max_tokens:
-                ids, ended_by = ids[:max_tokens], None
-            completions.append(Completion(key, ids, [-0.5] * len(ids), ended_by))
+            sampled, ended_by = end_turn(self.tokenizer, ids[:max_tokens], stop)
+            if ended_by == "eos" and len(ids) > max_tokens:
+                ended_by = None
+            completions.append(Completion(key, sampled, [-0.5] * len(sampled), ended_by))
         del self.waiting[:count]
         return completions
 

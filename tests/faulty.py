@@ -1,9 +1,11 @@
 """train.py with a fault in it: `faulty.py POINT COUNT RANK DEATH ...train.py's arguments`.
 
-At its COUNT-th call of POINT the process of RANK prints the time and kills itself (DEATH "kill") or
-raises (DEATH "raise"). For tests/test_checkpoint.py and benchmarks/faults.py.
+At its COUNT-th call of POINT the process of RANK prints the time and kills itself (DEATH "kill"),
+raises (DEATH "raise") or finds the disk full (DEATH "full"). For tests/test_checkpoint.py and
+benchmarks/faults.py.
 """
 
+import errno
 import os
 import signal
 import sys
@@ -16,8 +18,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import shutil
 
-import safetensors.torch
-from torch.distributed import checkpoint as dcp
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 
@@ -43,6 +43,10 @@ def of_finished_checkpoint(path: str | Path, *_, **__) -> bool:
     return name.startswith("step_") and not name.endswith(".partial")
 
 
+def of_file_in_finished_checkpoint(path: str | Path, *_, **__) -> bool:
+    return of_finished_checkpoint(Path(path).parent)
+
+
 def of_parameter(tensor: DTensor, *_, **__) -> bool:
     return tensor.ndim > 0  # the norm of the gradient is a number
 
@@ -59,11 +63,12 @@ POINTS = {
     "backward": Point(train.Trainer, "backward"),
     "update": Point(train.nn.utils, "clip_grad_norm_"),
     "log": Point(checkpoint.RunFolder, "log"),
-    "checkpoint begins": Point(dcp, "save"),
-    "shard serialised": Point(safetensors.torch, "save"),
+    "checkpoint begins": Point(train, "save_checkpoint"),
+    "shard written": Point(checkpoint, "as_bytes"),  # tensor by tensor
     "checkpoint written": Point(checkpoint, "fingerprint", of_partial_checkpoint),
     "checkpoint synced": Point(records, "fsync_path", of_partial_checkpoint),
     "old checkpoint removed": Point(shutil, "rmtree", of_finished_checkpoint),
+    "checkpoint read": Point(checkpoint, "fingerprint", of_file_in_finished_checkpoint),
     "weight sync": Point(DTensor, "full_tensor", of_parameter),  # parameter by parameter
     # Before the weights are written, and after them.
     "export": Point(PreTrainedConfig, "save_pretrained"),
@@ -83,6 +88,8 @@ def inject(point: str, count: int, death: str) -> None:
         print(f"fault at {time.time()}", flush=True)
         if death == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        if death == "full":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise KeyError("a fault was injected")
 
     setattr(owner, function, wrapper)

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch.distributed as dist
 
+import reinforce_pp
 import train
 from config import Config
 from policy import gather, load_policy, start_distributed
@@ -73,7 +74,10 @@ def write_gradients(trainer: train.Trainer, batch: train.Batch, out: str) -> Non
 
 def main(model: str, out: str, case: str) -> None:
     start_distributed()
-    groups, budget = (1, 4096) if case == "one" else (3, 110)
+    groups, budget = 3, 110
+    if case == "one":  # micro-batch, of plain rows
+        groups, budget = 1, 4096
+        reinforce_pp.MAX_SHARED_ROW = 0
     config = Config(
         model=model,
         samples_per_prompt=3,

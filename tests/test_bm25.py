@@ -28,25 +28,38 @@ def bm25_by_hand(passages, query, k1):
     return scores
 
 
-def test_rank_bm25_finds_the_passage_and_keeps_the_order_of_queries():
-    results = BM25(PASSAGES).search(["laura WEBB", "harbor film"], k=2)
-    assert [result[0]["id"] for result in results] == ["b", "a"]
-    assert all(len(result) == 2 for result in results)
+@pytest.fixture(params=[BM25, TantivyBM25.build], ids=["rank-bm25", "tantivy"])
+def make_index(request):
+    """Both of them: passages in, an index out."""
+    return request.param
 
 
-def test_rank_bm25_agrees_with_the_formula_by_hand():
-    """Okapi's idf = ln((N - n + .5) / (n + .5)) with k1 = 1.5; the term is in 1 of 3 passages."""
-    lengths = [8, 7, 3]
-    average = sum(lengths) / 3
-    expected = math.log(2.5 / 1.5) * 2.5 / (1 + 1.5 * (0.25 + 0.75 * lengths[0] / average))
-    assert BM25(PASSAGES).search(["harbor"], 1)[0][0]["score"] == pytest.approx(expected)
+def found_ids(index, query, k=3):
+    (found,) = index.search([query], k)
+    return [passage["id"] for passage in found]
 
 
-def test_rank_bm25_of_unknown_words_a_small_corpus_or_no_words():
-    ties = BM25(PASSAGES).search(["zzz"], k=2)[0]
-    assert [p["id"] for p in ties] == ["a", "b"]  # in corpus order
-    assert len(BM25(PASSAGES).search(["salem"], k=9)[0]) == 3
-    assert len(BM25([{"id": "d", "title": "?", "text": ""}]).search(["salem"], 1)[0]) == 1
+def test_the_passage_is_found_and_the_order_of_queries_kept(make_index):
+    results = make_index(PASSAGES).search(["laura WEBB", "harbor film"], k=2)
+    assert [[p["id"] for p in result] for result in results] == [["b"], ["a"]]
+
+
+def test_a_word_of_half_of_the_passages_finds_these(make_index):
+    """The idf of Okapi's paper is 0 for such a word, and below 0 for one of more passages."""
+    texts = ["a town", "a film", "a river", "film film"]
+    passages = [{"id": str(n), "title": "", "text": text} for n, text in enumerate(texts)]
+    assert found_ids(make_index(passages), "film") == ["3", "1"]
+    for number in (0, 2):
+        passages[number]["text"] += " film"
+    index = make_index(passages)
+    assert set(found_ids(index, "film", 9)) == {"0", "1", "2", "3"}
+    assert all(passage["score"] > 0 for passage in index.search(["film"], 9)[0])
+
+
+def test_unknown_words_and_no_words_find_nothing(make_index):
+    queries = ["zzz", "", "?!"]
+    assert make_index(PASSAGES).search(queries, 3) == [[], [], []]
+    assert make_index([{"id": "d", "title": "?", "text": ""}]).search(queries, 3) == [[], [], []]
 
 
 WORDS = st.sampled_from("red harbor salem film lane town".split())
@@ -55,32 +68,51 @@ TEXTS = st.lists(WORDS, min_size=1, max_size=6).map(" ".join)
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(TEXTS, min_size=1, max_size=30), TEXTS, st.integers(1, 5))
-def test_tantivy_ranks_as_the_formula_does_with_ties_in_corpus_order(texts, query, k):
+def test_both_rank_as_the_formula_does_with_ties_in_corpus_order(texts, query, k):
     """Few words and short texts: most scores tie, and the order of ties depends on the writer."""
     passages = [{"id": str(i), "title": "x", "text": text} for i, text in enumerate(texts)]
     scores = bm25_by_hand(passages, query, k1=1.2)
     matching = [i for i, score in enumerate(scores) if score > 0]
     expected = sorted(matching, key=lambda i: (-round(scores[i], 4), i))[:k]
-    (found,) = TantivyBM25.build(passages).search([query], k)
-    assert [int(p["id"]) for p in found] == expected
-    assert [p["score"] for p in found] == pytest.approx([scores[i] for i in expected], rel=1e-4)
+    for index in (BM25(passages), TantivyBM25.build(passages)):
+        (found,) = index.search([query], k)
+        assert [int(p["id"]) for p in found] == expected
+        assert [p["score"] for p in found] == pytest.approx([scores[i] for i in expected], rel=1e-4)
 
 
-def test_a_query_leaves_its_stop_words_out_unless_it_has_no_others():
-    index = TantivyBM25.build([*PASSAGES, {"id": "d", "title": "The Who", "text": "A band."}])
+def test_a_query_leaves_its_stop_words_out_unless_it_has_no_others(make_index):
+    index = make_index([*PASSAGES, {"id": "d", "title": "Where It Is At", "text": ""}])
     with_stop_words, without = index.search(
-        ["who was the singer of the town of salem", "singer town salem"], 3
+        ["was she with the singer of the town of salem", "she singer town salem"], 3
     )
     assert with_stop_words == without and len(without) == 2
-    assert [p["id"] for p in index.search(["the who"], 3)[0]] == ["d"]
-    assert index.search(["", "?!", "zzz"], 3) == [[], [], []]
+    assert found_ids(index, "is at") == ["d"]
 
 
-def test_query_syntax_is_ordinary_text():
-    index = TantivyBM25.build(PASSAGES)
+NAMES = [
+    ("Will Smith actor", "Will Smith", "Adam Smith"),
+    ("Her Greatest Love", "Her Greatest Love", "The Greatest Love"),
+    ("The Who band", "The Who", "The Band"),
+    ("If 1968 film", "If....", "The Film"),
+    ("novel It", "It", "The Novel"),
+]
+
+
+@pytest.mark.parametrize(("query", "name", "other"), NAMES)
+def test_a_word_that_is_a_name_is_searched(make_index, query, name, other):
+    """The other passage has the query's other words, too, and comes first in the corpus."""
+    passages = [
+        {"id": "other", "title": other, "text": "an actor, a film, a band, a novel, 1968"},
+        {"id": "name", "title": name, "text": "an actor, a film, a band, a novel, 1968"},
+    ]
+    assert found_ids(make_index(passages), query)[0] == "name"
+
+
+def test_query_syntax_is_ordinary_text(make_index):
+    index = make_index(PASSAGES)
     for query in ("title:salem AND (", '"salem', "salem^2 -webb *", "\0 salem", "salem " * 3000):
-        assert {p["id"] for p in index.search([query], 2)[0]} == {"b", "c"}
-    assert index.search(["x" * 100_000], 2) == [[]]
+        assert set(found_ids(index, query)) == {"b", "c"}
+    assert found_ids(index, "x" * 100_000) == []
 
 
 def test_a_lone_surrogate_is_replaced():

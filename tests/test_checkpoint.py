@@ -2,16 +2,23 @@
 
 import dataclasses
 import errno
+import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
 from tiny import command, equal_states, metrics_of, state_of, torchrun
+from torch import nn
 
 import checkpoint
 import train
@@ -57,7 +64,7 @@ def test_a_run_folder_is_never_overwritten(world):
     before = Path("a/metrics.jsonl").read_bytes()
     with pytest.raises(ValueError, match="--resume"):
         train.train(world, Path("a"))
-    with pytest.raises(ValueError, match=r"--clip_eps 0\.2, not 0\.5"):
+    with pytest.raises(ValueError, match=r"a/config\.json: begun with clip_eps 0\.2, not 0\.5"):
         train.train(dataclasses.replace(world, clip_eps=0.5), Path("a"), resume=True)
     train.train(steps(world, 2), Path("a"), resume=True)
     configuration = Path("a/config.json").read_bytes()
@@ -78,23 +85,38 @@ def test_a_damaged_configuration_is_named_and_the_run_left_alone(world):
 def test_a_start_that_failed_does_not_occupy_the_folder(world):
     with pytest.raises(FileNotFoundError):
         train.train(dataclasses.replace(world, questions="nowhere.jsonl"), Path("a"))
+    with pytest.raises(ValueError, match="no/such/folder: neither a model folder nor"):
+        train.train(dataclasses.replace(world, model="no/such/folder"), Path("a"))
     train.train(steps(world, 1), Path("a"))
     assert len(metrics_of("a")) == 1
 
 
-@pytest.mark.parametrize("file", ["q.jsonl", "p.txt"])
-def test_a_run_does_not_go_on_with_changed_questions_or_another_prompt(world, file):
-    train.train(steps(world, 1), Path("a"))
-    text = Path(file).read_text()
-    Path(file).write_text(text.replace("who is", "what is").replace("Question", "A question"))
-    with pytest.raises(ValueError, match=f"config.json: .*{file}.* has changed since this run"):
-        train.train(world, Path("a"), resume=True)
-    Path(file).write_text(text)
-    train.train(world, Path("a"), resume=True)
+NAMED_FILES = {  # a file that an option names, and a part of it
+    "questions": ("q.jsonl", b"who"),
+    "prompt": ("p.txt", b"Question"),
+    "retriever": ("c.jsonl", b"words"),
+    "model": ("m/model.safetensors", b"layernorm.weight"),
+}
+
+
+@pytest.mark.parametrize("name", NAMED_FILES)
+def test_a_run_does_not_go_on_with_what_has_changed_at_the_same_path(world, name):
+    shutil.copytree(world.model, "m")
+    config = dataclasses.replace(world, model="m")
+    train.train(steps(config, 1), Path("a"))
+    file, part = NAMED_FILES[name]
+    content = Path(file).read_bytes()
+    assert part in content
+    Path(file).write_bytes(content.replace(part, part[::-1]))
+    with pytest.raises(ValueError, match=f"a/config.json: begun with {name}_fingerprint .*, not"):
+        train.train(config, Path("a"), resume=True)
+    Path(file).write_bytes(content)
+    train.train(config, Path("a"), resume=True)
+    assert len(metrics_of("a")) == 3
 
 
 def test_a_run_folder_takes_one_process_at_a_time(world):
-    run = checkpoint.RunFolder(Path("a"), world)
+    run = checkpoint.RunFolder(Path("a"), {})
     with run.lock(False), pytest.raises(ValueError, match="another process"):
         train.train(steps(world, 1), Path("a"), resume=True)
     assert metrics_of("a") == []
@@ -128,16 +150,141 @@ def test_a_model_of_an_earlier_step_is_not_taken_for_that_of_the_last(world, mon
 
 
 # --------------------------------------------------------------------------------------------------
+# Export
+
+
+def test_a_generation_configuration_is_exported_as_it_is(world):
+    """Many published models have one that transformers loads and refuses to save."""
+    shutil.copytree(world.model, "m")
+    file = Path("m/generation_config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.6}))
+    train.train(dataclasses.replace(world, model="m", steps=1), Path("a"))
+    assert Path("a/model/generation_config.json").read_bytes() == file.read_bytes()
+
+
+def test_without_a_generation_configuration_none_is_exported(world):
+    """Old models have its values in config.json."""
+    shutil.copytree(world.model, "m")
+    Path("m/generation_config.json").unlink()
+    file = Path("m/config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"temperature": 0.6}))
+    train.train(dataclasses.replace(world, model="m", steps=1), Path("a"))
+    assert Path("a/model/model.safetensors").exists()
+    assert not Path("a/model/generation_config.json").exists()
+
+
+# --------------------------------------------------------------------------------------------------
+# Shards
+
+
+def shards_of(whole, rank, ranks):
+    """A rank's shards as FSDP2 has them: those of the last ranks may be empty."""
+    shards = {}
+    for name, tensor in whole.items():
+        size = -(-len(tensor) // ranks)
+        rows = tensor[size * rank : size * (rank + 1)].clone()
+        shards[name] = checkpoint.Shard(min(size * rank, len(tensor)), rows)
+    return shards
+
+
+SHAPES = st.lists(st.integers(0, 7), min_size=1, max_size=3)
+RANKS = st.integers(1, 5)
+DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
+
+
+@settings(deadline=None)
+@given(shapes=st.lists(SHAPES, min_size=1, max_size=4), writers=RANKS, readers=RANKS, dtype=DTYPES)
+def test_shards_are_read_by_any_number_of_ranks(tmp_path_factory, shapes, writers, readers, dtype):
+    folder = tmp_path_factory.mktemp("shards")
+    whole = {f"{i} {shape}": torch.randn(shape).to(dtype) for i, shape in enumerate(shapes)}
+    files = [folder / f"{rank}.safetensors" for rank in range(writers)]
+    for rank, file in enumerate(files):
+        digest = checkpoint.write_shards(file, shards_of(whole, rank, writers))
+        assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
+    plain = [load_file(file) for file in files]
+    for name, tensor in whole.items():
+        assert torch.cat([tensors[name] for tensors in plain]).equal(tensor)
+    for rank in range(readers):
+        shards = shards_of(whole, rank, readers)
+        for _, rows in shards.values():
+            rows.fill_(99)
+        checkpoint.read_shards(folder, shards)
+        for name, (_, rows) in shards_of(whole, rank, readers).items():
+            assert shards[name].rows.equal(rows)
+
+
+def test_a_rank_that_does_not_see_a_file_stops(tmp_path):
+    """As on a network file system that is behind."""
+    whole = {"weight": torch.ones(4, 2)}
+    checkpoint.write_shards(tmp_path / "0.safetensors", shards_of(whole, 0, 2))
+    with pytest.raises(ValueError, match=f"{tmp_path}: 2 rows of parameters are missing"):
+        checkpoint.read_shards(tmp_path, shards_of(whole, 0, 1))
+
+
+def save_or_load(rank: int, ranks: int, action: str) -> None:
+    """What a rank does in the test below, in the current directory."""
+    from torch.distributed.fsdp import fully_shard
+
+    store = Path(f"store_{action}").absolute()
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
+    model = fully_shard(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1)))
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    if action == "save":
+        model(torch.ones(2, 3)).sum().backward()
+        optimizer.step()
+        checkpoint.save_checkpoint(Path("checkpoints"), model, optimizer, checkpoint.Progress(1, 1))
+    else:
+        found, progress = checkpoint.newest_checkpoint(Path("checkpoints"))
+        checkpoint.load_checkpoint(found, model, optimizer, progress)
+        saved = state_of(".")
+        assert len(saved) == 3 * 4 and saved["exp_avg.1.weight"].any()
+        for name, parameter in model.named_parameters():
+            assert parameter.full_tensor().equal(saved[f"model.{name}"])
+            for moment in checkpoint.MOMENTS:
+                whole = optimizer.state[parameter][moment].full_tensor()
+                assert whole.equal(saved[f"{moment}.{name}"])
+    dist.destroy_process_group()
+
+
+def test_ranks_share_a_parameter_that_has_fewer_rows_than_there_are_ranks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for ranks, action in [(3, "save"), (2, "load")]:
+        torch.multiprocessing.spawn(save_or_load, (ranks, action), nprocs=ranks)
+
+
+def memory_kib(line: str) -> int:
+    return int(re.search(rf"{line}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+def test_saving_takes_no_memory_to_speak_of(world):
+    """A checkpoint goes from memory to disk as it is: what it takes is below a tenth of it."""
+    from torch.distributed.fsdp import fully_shard
+
+    layer = fully_shard(nn.Linear(2048, 8192, bias=False))
+    optimizer = torch.optim.AdamW(layer.parameters(), fused=True)
+    checkpoint.create_moments(optimizer, updates=1)
+    for moment in checkpoint.MOMENTS:
+        optimizer.state[layer.weight][moment].fill_(1.0)  # until then zeros take no memory
+    checkpoint_kib = 3 * 4 * layer.weight.numel() // 1024
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, begins anew
+    before = memory_kib("VmHWM")
+    checkpoint.save_checkpoint(Path("saved"), layer, optimizer, checkpoint.Progress(1, 1))
+    assert memory_kib("VmHWM") - before < checkpoint_kib / 10
+    (file,) = Path("saved").rglob("*.safetensors")
+    assert file.stat().st_size > checkpoint_kib * 1024
+
+
+# --------------------------------------------------------------------------------------------------
 # Damage
 
 
 def cut(folder: Path) -> None:
-    (shard,) = folder.glob("*.safetensors")
+    *_, shard = sorted(folder.glob("*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-7])
 
 
 def flip_a_bit(folder: Path) -> None:
-    (shard,) = folder.glob("*.safetensors")
+    *_, shard = sorted(folder.glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
     data[-7] ^= 1
     shard.write_bytes(data)
@@ -206,11 +353,10 @@ def test_a_checkpoint_and_a_model_are_on_the_disk_before_they_have_names(world, 
         fsync(descriptor)
 
     def watched_rename(path, target):
-        if not target.name.endswith(".old"):
-            parts = [path, *path.iterdir()] if path.is_dir() else [path]
-            assert all(part.stat().st_ino in flushed for part in parts), target
-            renamed.append(target.name)
-            flushed.discard(target.parent.stat().st_ino)
+        parts = [path, *path.iterdir()] if path.is_dir() else [path]
+        assert all(part.stat().st_ino in flushed for part in parts), target
+        renamed.append(target.name)
+        flushed.discard(target.parent.stat().st_ino)
         return rename(path, target)
 
     monkeypatch.setattr(os, "fsync", watched_fsync)
@@ -233,7 +379,7 @@ ONE_RANK = [
     ("old checkpoint removed", 1, 0),
     ("export", 2, 0),
 ]
-TWO_RANKS = [("update", 2, 1), ("shard serialised", 1, 1)]
+TWO_RANKS = [("update", 2, 1), ("shard written", 40, 1)]
 
 
 @pytest.mark.parametrize(("ranks", "kills"), [(1, ONE_RANK), (2, TWO_RANKS)])
@@ -260,6 +406,28 @@ def test_what_one_rank_cannot_do_ends_all_within_a_minute(world, point, rank, lo
     assert time.time() - float(fault) < 60
     assert result.returncode != 0 and "a fault was injected" in result.stderr
     assert len(metrics_of("a")) == logged
+
+
+def test_a_full_disk_of_one_rank_ends_all_with_a_line(world):
+    """Each node may have a disk of its own; this one is full amid the second checkpoint."""
+    result = faulty(2, "shard written", 100, 1, "full", *command(world, "a"))
+    (fault,) = re.findall(r"fault at ([\d.]+)", result.stdout)
+    assert time.time() - float(fault) < 60 and result.returncode != 0
+    line = "train.py: a/checkpoints/step_000002: cannot be written ([Errno 28] No space left on"
+    assert line in result.stderr
+    (left,) = checkpoint_names()
+    assert left.startswith("step_000001-")
+
+
+def test_the_ranks_prove_together_that_a_checkpoint_is_whole(world):
+    """Each reads the files of its share; their verdict is one."""
+    assert torchrun(2, *command(steps(world, 2), "a")).returncode == 0
+    result = faulty(2, "checkpoint read", 1, 1, "raise", *command(world, "a", "--resume"))
+    assert "a fault was injected" in result.stderr and result.returncode != 0
+    flip_a_bit(Path("a/checkpoints", checkpoint_names()[-1]))
+    result = torchrun(2, *command(world, "a", "--resume"))
+    assert result.returncode == 0 and result.stderr.count("is damaged; the one before") == 1
+    assert len(metrics_of("a")) == 3
 
 
 def test_a_full_disk_loses_no_checkpoint(world, tmp_path):

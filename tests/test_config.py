@@ -60,7 +60,6 @@ def test_the_presets_hold_the_papers_values():
         (["--samples_per_prompt", "1"], "--samples_per_prompt"),
         (["--updates_per_rollout", "99"], "--updates_per_rollout"),
         (["--eval_every", "2"], "--eval_questions"),
-        (["--model", "./nowhere"], "./nowhere"),
     ],
 )
 def test_impossible_values_are_refused_by_name(flags, message, model_folder):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from functools import partial
 from pathlib import Path
 
@@ -11,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from test_retriever import write
+from test_retriever import change_one_byte, touch, write
 from transformers import AutoModel, AutoTokenizer
 
 import dense
 from dense import Encoder
-from retriever import build_dense, main, open_retriever
+from retriever import build_dense, main, open_retriever, retriever_fingerprint
 
 PASSAGES = [
     {"id": str(i), "title": f"Town {i}", "text": " ".join(f"w{j}" for j in range(i % 7 + 1))}
@@ -190,18 +191,66 @@ def test_a_prebuilt_index_of_other_passages_is_refused(encoder, corpus, folder, 
     build_dense(corpus, folder, encoder)  # the folder is still free
 
 
-def test_a_moved_corpus_is_asked_for_and_a_changed_one_refused(encoder, corpus, folder, tmp_path):
+def test_a_moved_corpus_is_linked_again_and_a_changed_one_refused(
+    encoder, corpus, folder, tmp_path
+):
     build_dense(corpus, folder, encoder)
     moved = tmp_path / "moved.jsonl"
     Path(corpus).rename(moved)
-    with pytest.raises(FileNotFoundError, match="--corpus"):
+    with pytest.raises(
+        FileNotFoundError, match=f"{corpus} is not there; if it moved: ln -sf"
+    ) as error:
         open_retriever(str(folder))
-    assert open_retriever(str(folder), corpus=str(moved)).search(["town"], 1)[0]
-    build_dense(str(moved), folder, encoder)  # records the place
+    command = str(error.value).rpartition(": ")[2].replace("/PATH", str(moved))
+    subprocess.run(command.split(), check=True)  # what the message says
     assert open_retriever(str(folder)).search(["town"], 1)[0]
-    write(moved, PASSAGES[:-1])
-    with pytest.raises(ValueError, match="another corpus"):
+    moved = moved.rename(tmp_path / "elsewhere.jsonl")
+    build_dense(str(moved), folder, encoder)
+    assert open_retriever(str(folder)).search(["town"], 1)[0]
+    change_one_byte(moved)
+    with pytest.raises(ValueError, match=r"passages\.jsonl is not whole, or was changed"):
         open_retriever(str(folder))
+
+
+def test_a_changed_index_or_encoder_is_refused(encoder, corpus, folder, tmp_path):
+    model = shutil.copytree(encoder, tmp_path / "model")
+    build_dense(corpus, folder, str(model))
+    whole = (folder / "faiss.index").read_bytes()
+    change_one_byte(folder / "faiss.index")
+    for use in (open_retriever, retriever_fingerprint):
+        with pytest.raises(ValueError, match=r"faiss\.index is not whole, or was changed"):
+            use(str(folder))
+    build_dense(corpus, folder, str(model))
+    assert (folder / "faiss.index").read_bytes() == whole
+    moved = model.rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match=f"{model} is not there; if it moved: ln -sfn"):
+        open_retriever(str(folder))
+    build_dense(corpus, folder, str(moved))
+    assert open_retriever(str(folder)).search(["town"], 1)[0]
+    for file in [next(moved.rglob("*.safetensors")), next(moved.glob("1_Pooling/*"))]:
+        content = file.read_bytes()
+        change_one_byte(file)
+        with pytest.raises(ValueError, match="encoder is not whole, or was changed"):
+            open_retriever(str(folder))
+        with pytest.raises(ValueError, match="an index with another encoder is there"):
+            build_dense(corpus, folder, str(moved))
+        file.write_bytes(content)
+
+
+def test_a_fingerprint_is_that_of_index_and_parameters_not_of_places_and_times(
+    encoder, corpus, folder, tmp_path
+):
+    model = shutil.copytree(encoder, tmp_path / "model")
+    fingerprints = []
+    for options in (["Flat"], ["IVF4,Flat", "nprobe=1"], ["IVF4,Flat", "nprobe=2"]):
+        build_dense(corpus, folder, encoder, *options)
+        fingerprints.append(retriever_fingerprint(str(folder)))
+        build_dense(corpus, tmp_path / "second", str(model), *options)
+        assert retriever_fingerprint(str(tmp_path / "second")) == fingerprints[-1]
+        touch(Path(corpus))
+        build_dense(corpus, folder, encoder, *options)
+        assert retriever_fingerprint(str(folder)) == fingerprints[-1]
+    assert len({*fingerprints, retriever_fingerprint(corpus), None}) == 5
 
 
 @pytest.mark.parametrize(
@@ -219,7 +268,7 @@ def test_half_an_index_is_refused_and_built_again(encoder, corpus, folder):
     whole = index.read_bytes()
     for end in (0, 40, len(whole) // 2, -1):  # with some of them faiss would end the process
         index.write_bytes(whole[:end])
-        with pytest.raises(ValueError, match=r"index is not whole.*build it again") as error:
+        with pytest.raises(ValueError, match=r"faiss\.index is not whole.*build it again") as error:
             open_retriever(str(folder))
         assert "\n" not in str(error.value)
     build_dense(corpus, folder, encoder)
@@ -239,6 +288,6 @@ def test_the_command_line(encoder, folder, tmp_path, capsys):
     corpus = str(write(tmp_path / "corpus.jsonl", PASSAGES[:20]))
     words = ["--corpus", corpus, "--out", str(folder), "--encoder", encoder, "--factory", "HNSW8"]
     main(["index", "--kind", "dense", *words])
-    assert json.loads((folder / "index.json").read_text())["encoder"] == encoder
+    assert (folder / "encoder").resolve() == Path(encoder)
     main(["search", "--index", str(folder), "town 3 w0 w1 w2 w3", "-k", "1"])
     assert capsys.readouterr().out == "Town 3: w0 w1 w2 w3\n"

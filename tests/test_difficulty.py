@@ -1,7 +1,8 @@
-"""Difficulty: rollouts until the first right answer, in one continuous batch."""
+"""Difficulty: rollouts until the first right answer, in rounds."""
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -86,12 +87,10 @@ def test_every_question_is_rolled_out_until_the_first_right_answer_or_the_cap(
     assert max(running for _, _, running in engine.given) <= min(places, len(needed))
 
 
-def test_a_finished_question_leaves_its_place_to_the_next(tokenizer):
-    """With more questions than places the batch stays full until few are unsolved."""
-    _, _, engine = roll_out(tokenizer, range(1, 9), places=3)
-    running = [count for _, _, count in engine.given[2:]]
-    assert running == sorted(running, reverse=True) and running.count(3) > 20
-    assert [n for n, _, _ in engine.given[:8]] == list(range(1, 9))  # each once before any twice
+def test_a_round_rolls_out_each_unsolved_question_once_in_the_files_order(tokenizer):
+    _, _, engine = roll_out(tokenizer, range(1, 6), places=3)
+    rounds = ["12345", "2345", "345", "45", "5"]
+    assert [str(n) for n, _, _ in engine.given] == list("".join(rounds))
 
 
 def test_a_rollouts_seed_depends_on_its_question_and_number_alone(tokenizer):
@@ -188,6 +187,23 @@ def test_a_killed_call_goes_on_to_the_same_bytes(command, tmp_path, capsys):
 def test_a_journal_of_other_questions_is_refused(command, tmp_path, capsys):
     (tmp_path / "out.progress").write_text('{"questions": "0"}\n["q1", false]\n')
     assert "begun with questions 0" in refused(capsys, *command, "--out", tmp_path / "out")
+
+
+@pytest.mark.parametrize("file", ["q.jsonl", "c.jsonl", "p.txt", "model/config.json"])
+def test_a_killed_call_does_not_go_on_with_a_changed_file(
+    command, tmp_path, model_folder, monkeypatch, capsys, file
+):
+    shutil.copytree(model_folder, tmp_path / "model")
+    command += [f"--model={tmp_path / 'model'}", f"--out={tmp_path / 'out'}"]
+    monkeypatch.setattr("difficulty.tqdm", lambda rollouts, **_: 1 / 0)  # the call dies here
+    with pytest.raises(ZeroDivisionError):
+        data_prep.main(command)
+    content = (tmp_path / file).read_text()
+    (tmp_path / file).write_text(content.replace(" ", "  ", 1))
+    assert "begun with " in refused(capsys, *command)
+    (tmp_path / file).write_text(content)
+    with pytest.raises(ZeroDivisionError):
+        data_prep.main(command)
 
 
 def test_impossible_options_and_an_existing_file_are_refused(command, tmp_path, capsys):

@@ -118,3 +118,20 @@ def test_the_engine_follows_the_trainers_weights(kind, vllm_engine, tokenizer, m
     engine.load_weights(old.items())
     again = run_all(engine, tokenizer, temperature=0)
     assert [e.token_ids for e in again] == [e.token_ids for e in before]
+
+
+def test_the_small_engine_finishes_one_sequence_a_step_whatever_else_was_submitted(
+    model_folder, tokenizer
+):
+    engine = TransformersEngine(model_folder)
+    options = {"max_tokens": 24, "stop": [TAGS.query.closing], "temperature": 1.0}
+    prompts = [tokenizer.encode(f"Question: who is {i}?\n<think>") for i in range(4)]
+    alone = []
+    for key, ids in enumerate(prompts):
+        engine.submit(key, ids, seed=key, **options)
+        alone.append(engine.step())
+        assert engine.step() == []
+    for key, ids in enumerate(prompts):
+        engine.submit(key, ids, seed=key, **options)
+    assert [engine.step() for _ in prompts] == alone
+    assert [len(completions) for completions in alone] == [1] * 4

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,10 @@ from werkzeug import Request, Response
 
 import evaluate
 import records
+from config import Config
+from inference import Inference, question_key
 from metrics import measure_by_dataset
+from retriever import retriever_fingerprint
 
 
 def write_lines(path, rows):
@@ -81,14 +85,20 @@ def test_every_question_is_answered_once_in_the_files_order(arguments, tmp_path,
     assert contents(tmp_path / "out").keys() == {"metrics.json", "transcripts.jsonl"}
 
 
+def test_a_configuration_of_training_has_all_options_of_inference():
+    """`open_rollout` and `describe_inputs` take both."""
+    assert {field.name for field in fields(Inference)} <= vars(Config()).keys()
+
+
 def test_a_finished_evaluation_is_shown_and_not_replaced(arguments, tmp_path, monkeypatch, capsys):
     evaluate.main(arguments)
     before = contents(tmp_path / "out")
     monkeypatch.setattr(evaluate, "answer_questions", None)
-    monkeypatch.setattr(evaluate, "commit", lambda: "a later commit")
+    monkeypatch.setattr(evaluate, "describe_software", lambda: {"commit": "a later one"})
     evaluate.main(arguments)
     assert "evaluated already" in capsys.readouterr().out
-    assert "(max_searches)" in refused([*arguments, "--max_searches=1"], capsys)
+    error = refused([*arguments, "--max_searches=1"], capsys)
+    assert "metrics.json: begun with max_searches 8, not 1; change --out" in error
     assert contents(tmp_path / "out") == before
 
 
@@ -101,25 +111,67 @@ def test_the_protocol_names_what_the_numbers_depend_on(arguments, tmp_path, mode
     assert protocol["evaluator"] == evaluate.PROTOCOL_VERSION
     questions = tmp_path / "q.jsonl"
     assert protocol["questions"] == [[str(questions), records.fingerprint(questions)]]
-    assert protocol["retriever"]["fingerprint"] == records.fingerprint(tmp_path / "c.jsonl")
+    passages = str(tmp_path / "c.jsonl")
+    assert protocol["retriever_fingerprint"] == retriever_fingerprint(passages) is not None
     for name, file in {"prompt": "p.txt", "model": "model/model.safetensors"}.items():
         content = (tmp_path / file).read_bytes()
         (tmp_path / file).write_bytes(content[:-1] + b"!")
-        assert f"({name})" in refused(arguments, capsys)
+        assert f"begun with {name}_fingerprint" in refused(arguments, capsys)
         (tmp_path / file).write_bytes(content)
 
 
-def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
+def test_the_protocol_names_commit_modules_and_libraries(tmp_path, monkeypatch):
     git = ["git", "-c", "user.name=n", "-c", "user.email=e", "-C", str(tmp_path)]
     (tmp_path / "evaluate.py").write_text("1")
     monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
-    assert evaluate.commit() == "unknown"
+    assert evaluate.describe_software()["commit"] == "unknown"
     for words in ("init -q", "add .", "commit -q -m one"):
         subprocess.run([*git, *words.split()], check=True)
     head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
-    assert evaluate.commit() == head
-    (tmp_path / "evaluate.py").write_text("2")
-    assert evaluate.commit() == head + "-dirty"
+    monkeypatch.setattr(evaluate, "version", lambda library: f"{library} 1.0")
+    software = evaluate.describe_software()
+    versions = {library: f"{library} 1.0" for library in ("torch", "transformers", "vllm")}
+    assert software == versions | {"commit": head, "modules": software["modules"]}
+
+
+def test_two_changed_trees_of_one_commit_have_two_names(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
+    modules = []
+    for name, text in (("evaluate.py", "1"), ("evaluate.py", "2"), ("added.py", "1")):
+        (tmp_path / name).write_text(text)
+        modules.append(evaluate.describe_software()["modules"])
+    assert len(set(modules)) == 3
+    (tmp_path / "README.md").write_text("no number depends on it")
+    assert evaluate.describe_software()["modules"] == modules[-1]
+
+
+@pytest.fixture
+def unfinished(arguments, tmp_path):
+    """Evaluate; then leave of the evaluation its transcripts and a journal that holds nothing."""
+    evaluate.main(arguments)
+    metrics_file = tmp_path / "out" / "metrics.json"
+    protocol = json.loads(metrics_file.read_text())["protocol"]
+    metrics_file.unlink()
+    return write_lines(tmp_path / "out" / "answered.jsonl.partial", [protocol])
+
+
+def test_an_unfinished_evaluation_does_not_go_on_with_other_software(
+    arguments, unfinished, monkeypatch, capsys
+):
+    before = unfinished.read_bytes()
+    software = evaluate.describe_software()
+    monkeypatch.setattr(evaluate, "describe_software", lambda: software | {"torch": "0.1"})
+    error = refused(arguments, capsys)
+    assert "begun with software" in error and "'torch': '0.1'" in error
+    assert unfinished.read_bytes() == before
+
+
+def test_a_journal_whose_answers_have_no_scores_is_refused_by_name(arguments, unfinished, capsys):
+    with open(unfinished, "a") as journal:
+        journal.write('{"id": "q0", "dataset": "parity0"}\n')
+    before = unfinished.read_bytes()
+    assert "answered.jsonl.partial: damaged" in refused(arguments, capsys)
+    assert unfinished.read_bytes() == before
 
 
 def test_ids_may_repeat_in_another_dataset_but_not_within_one(arguments, tmp_path, capsys):
@@ -129,9 +181,21 @@ def test_ids_may_repeat_in_another_dataset_but_not_within_one(arguments, tmp_pat
         files.append(str(write_lines(tmp_path / f"{name}.jsonl", [question])))
     evaluate.main([*arguments, "--questions", *files])
     assert list(read_metrics(tmp_path / "out")["results"]) == ["one", "two", "all"]
-    keys = [evaluate.question_key(row) for row in read_lines(tmp_path / "out/transcripts.jsonl")]
+    keys = [question_key(row) for row in read_lines(tmp_path / "out/transcripts.jsonl")]
     assert keys == [("one", "1"), ("two", "1")]
-    assert "id '1' of dataset 'one'" in refused([*arguments, "--questions", *files[:1] * 2], capsys)
+    assert "one.jsonl: id '1'" in refused([*arguments, "--questions", *files[:1] * 2], capsys)
+
+
+def test_question_files_of_one_name_are_kept_apart(arguments, tmp_path):
+    """Files such as hotpotqa/dev.jsonl and 2wiki/dev.jsonl name no dataset in their lines."""
+    files = []
+    for number, folder in enumerate(("b", "a")):
+        (tmp_path / folder).mkdir()
+        question = {"id": number, "question": f"who is {number}?", "answers": ["b"]}
+        files.append(str(write_lines(tmp_path / folder / "dev.jsonl", [question])))
+    evaluate.main([*arguments, "--questions", *files])
+    results = read_metrics(tmp_path / "out")["results"]
+    assert list(results) == [*sorted(files), "all"]
 
 
 def test_failed_searches_are_counted(arguments, tmp_path, monkeypatch, capsys):
@@ -139,7 +203,7 @@ def test_failed_searches_are_counted(arguments, tmp_path, monkeypatch, capsys):
         def search(self, queries, k):
             raise RuntimeError("http://127.0.0.1:9/search: no answer")
 
-    monkeypatch.setattr(evaluate, "open_retriever", lambda source: DeadRetriever())
+    monkeypatch.setattr("inference.open_retriever", lambda source: DeadRetriever())
     evaluate.main(arguments)
     result = read_metrics(tmp_path / "out")["results"]["all"]
     assert result["search_failed_rate"] == result["search_rate"] > 0
@@ -148,9 +212,9 @@ def test_failed_searches_are_counted(arguments, tmp_path, monkeypatch, capsys):
 
 KILLED_AFTER = """
 import os, signal, sys
-import evaluate
+import evaluate, inference
 
-original, remaining = evaluate.episode_record, int(sys.argv[1])
+original, remaining = inference.episode_record, int(sys.argv[1])
 
 def record_or_die(episode):
     global remaining
@@ -159,7 +223,7 @@ def record_or_die(episode):
     remaining -= 1
     return original(episode)
 
-evaluate.episode_record = record_or_die
+inference.episode_record = record_or_die
 evaluate.main(sys.argv[2:])
 """
 
@@ -356,6 +420,34 @@ def test_verdicts_of_another_judge_are_not_overwritten(judge_server, tmp_path, c
     assert "begun with server" in refused([*arguments, "--base_url=http://127.0.0.1:9"], capsys)
     assert "--concurrency 0" in refused([*arguments, "--concurrency=0"], capsys)
     assert contents(tmp_path) == before
+
+
+def test_verdicts_on_other_outputs_are_not_overwritten(judge_server, tmp_path, capsys):
+    """o.jsonl and o.txt have the same default for --out."""
+    arguments = judge_arguments(judge_server, tmp_path, ["good 1?", "good 2?"])
+    evaluate.main(arguments)
+    judged = (tmp_path / "o.judged.jsonl").read_bytes()
+    changed = (tmp_path / "o.jsonl").read_text().replace('"extra": 1', '"extra": 7')
+    (tmp_path / "o.txt").write_text(changed)
+    error = refused([*arguments[:1], str(tmp_path / "o.txt"), *arguments[2:]], capsys)
+    assert "o.judged.jsonl: holds something other than verdicts of j on" in error
+    assert (tmp_path / "o.judged.jsonl").read_bytes() == judged
+
+
+def test_verdicts_on_an_earlier_evaluation_stay_out_of_the_table(
+    arguments, judge_server, tmp_path, capsys
+):
+    evaluate.main(arguments)
+    flags = judge_arguments(judge_server, tmp_path, [])[2:]
+    evaluate.main(["judge", str(tmp_path / "out" / "transcripts.jsonl"), *flags])
+    judged = (tmp_path / "out" / "transcripts.judged.jsonl").read_bytes()
+    (tmp_path / "out" / "metrics.json").unlink()
+    capsys.readouterr()
+    evaluate.main([*arguments, "--limit=5"])
+    out, err = capsys.readouterr()
+    assert "search_rate" in out and "acc_l" not in out
+    assert "transcripts.judged.jsonl" in err.splitlines()[-1]
+    assert (tmp_path / "out" / "transcripts.judged.jsonl").read_bytes() == judged
 
 
 def test_acc_l_comes_into_the_table(arguments, judge_server, tmp_path, capsys):

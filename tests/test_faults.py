@@ -18,12 +18,13 @@ import pytest
 from conftest import ScriptedEngine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_rollout import consistent
+from test_rollout import consistent, turns_of
 from tiny import ASK, SPECIAL, TELL
 from werkzeug import Request, Response
 
 import data_prep
 import evaluate
+import metrics
 import records
 import retriever
 from reward import REWARDS, TAGS, load_prompt, score_episode
@@ -71,13 +72,20 @@ def masked_out(episode) -> list[int]:
     return [token for token, acted in pairs if not acted]
 
 
-def document_ids(tokenizer, passages, max_document_tokens) -> list[int]:
-    """The ids of a documents block: all of it is tokenised, then cut; its tag stays whole."""
+def document_ids(
+    tokenizer, passages, max_document_tokens, new_lines: int = 2, room: int = 10**6
+) -> list[int]:
+    """The ids of a documents block that begins with so many new lines.
+
+    All of it is tokenised, then cut; its tag stays whole, unless the context has less room.
+    """
     encode = data_encoder(tokenizer)
     lines = [f"({n}){p['title']}   {p['text']}" for n, p in enumerate(passages, 1)]
-    ids = encode(f"\n\n{TAGS.documents.opening}\n" + "\n".join(lines or ["(no results)"]))
+    text = f"{TAGS.documents.opening}\n" + "\n".join(lines or ["(no results)"])
+    ids = encode("\n" * new_lines + text)
     tag = encode(f"\n{TAGS.documents.closing}")
-    return ids[: max(0, max_document_tokens - len(tag))] + tag
+    budget = min(max_document_tokens, room) - len(tag)
+    return (ids[: max(0, budget)] + tag)[:room]
 
 
 @bounded
@@ -92,8 +100,16 @@ def document_ids(tokenizer, passages, max_document_tokens) -> list[int]:
 def test_every_episode_is_consistent(tokenizer, script, passages, question, **limits):
     episode = play_hostile(tokenizer, script, passages, question, **limits)
     consistent(episode, tokenizer)
-    documents = document_ids(tokenizer, passages, Limits().max_document_tokens)
-    assert masked_out(episode) == episode.prompt_ids + documents * len(episode.queries)
+    token_ids = list(episode.prompt_ids)
+    for number, turn in enumerate(turns_of(episode), 1):
+        token_ids += turn
+        if number <= len(episode.queries):
+            missing = 2 - tokenizer.decode(turn[-1:]).count("\n")
+            room = limits["max_context"] - len(token_ids)
+            longest = Limits().max_document_tokens
+            token_ids += document_ids(tokenizer, passages, longest, missing, room)
+    assert episode.token_ids == token_ids
+    assert len(token_ids) <= max(limits["max_context"], len(episode.prompt_ids))
     assert not set(masked_out(episode)) & set(tokenizer.all_special_ids)
     kinds = [kind for kind, _ in episode.segments]
     assert kinds == ["prompt", *["policy", "documents"] * 5][: len(kinds)]
@@ -125,14 +141,17 @@ WRONG_PASSAGES = [{"text": "no title"}, {"title": "no text"}, {"title": "T", "te
 
 
 @pytest.mark.parametrize("answer", [*WRONG_ANSWERS, *([[p], []] for p in WRONG_PASSAGES)])
-def test_a_wrong_answer_is_a_failed_search_of_every_query_in_it(tokenizer, scripted, answer):
+def test_a_wrong_answer_is_a_failed_search_of_every_query_that_gets_it(tokenizer, scripted, answer):
     engine = scripted([ASK, TELL])
     finish = engine.step
     engine.step = lambda: finish(2)  # both at once, so that their queries go together
-    search = Mock(side_effect=[answer])  # returns it, or raises it
+    search = Mock(return_value=answer)
+    if isinstance(answer, BaseException):
+        search.side_effect = answer  # raises it
     rollout = Rollout(engine, tokenizer, search, TAGS, Limits(), deterministic=True)
     episodes = [Episode({}, tokenizer.encode(f"Question: {i}")) for i in range(2)]
     assert len(list(rollout.run(episodes))) == 2 and rollout.search_error
+    assert search.call_count == 3  # both together, then each alone
     for episode in episodes:
         consistent(episode, tokenizer)
         assert (episode.search_failures, episode.finish_reason) == (1, "answer")
@@ -222,8 +241,7 @@ def read_outputs(path):
 
 
 def convert(path, format):
-    chunk = data_prep.Chunk(path, 1, path.read_bytes().splitlines(True))
-    return [json.loads(line) for line in data_prep.convert(chunk, format).split("\n")[:-1]]
+    return list(data_prep.convert([path], format))
 
 
 QUESTION = ("id", "question", "dataset", "answers")
@@ -234,8 +252,8 @@ READERS = {  # functions of a path, and the keys of texts in the records that th
     "counted questions": (partial(records.read_jsonl, **COUNTED), QUESTION),
     "passages": (records.read_passages, PASSAGE),
     "passages to search": (lambda p: retriever.open_retriever(str(p)).search(["x"], 1)[0], PASSAGE),
-    "published JSON": (lambda path: data_prep.published_questions(path, "d")[0], QUESTION),
-    "published CSV": (lambda path: data_prep.published_questions(path, "d")[0], QUESTION),
+    "published JSON": (lambda path: data_prep.published_questions(path, "d", True)[0], QUESTION),
+    "published CSV": (lambda path: data_prep.published_questions(path, "d", True)[0], QUESTION),
     "outputs": (read_outputs, ("dataset", "answer", "answers")),
     "metrics": (evaluate.read_metrics, ()),
     "journal": (lambda path: records.Journal(path, {}).records, ()),
@@ -279,7 +297,7 @@ def test_a_hostile_file_is_read_or_refused_by_name(tmp_path_factory, reader, dat
 def test_only_what_is_raised_on_purpose_ends_in_one_line(capsys):
     """What the interpreter raises in a line of ours is a bug, and its traceback is wanted."""
     with pytest.raises(ValueError, match="not enough"), records.user_errors("program"):
-        data_prep.dpr_passages(b"one column", 1)
+        metrics.format_cell("em", [0.5])  # an interval without its upper bound
     with pytest.raises(SystemExit), records.user_errors("program"):
         data_prep.parse_draw("hotpotqa:easy")
     assert capsys.readouterr().err.startswith("program: --draw hotpotqa:easy: expected ")
@@ -385,7 +403,7 @@ def test_no_key_is_written_anywhere_and_no_data_becomes_a_path(
     work.mkdir(parents=True)
     monkeypatch.chdir(work)
     monkeypatch.setenv("HOME", str(work))
-    monkeypatch.setattr(evaluate, "open_retriever", lambda source: WebSearch(provider, 1000))
+    monkeypatch.setattr("inference.open_retriever", lambda source: WebSearch(provider, 1000))
     Path("p.txt").write_text("Question: {question}\n<think>")
     questions = []
     for i, name in enumerate([*HOSTILE_NAMES, str(tmp_path / "absolute")]):

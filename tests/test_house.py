@@ -27,17 +27,19 @@ IMPORTS = {
     "rollout": {"engine"},
     "config": {"engine", "reinforce_pp", "reward"},
     "policy": {"reinforce_pp"},
-    "checkpoint": {"records"},
+    "checkpoint": {"policy", "records"},
     "bm25": {"records"},
     "dense": {"records"},
-    "retriever": {"bm25", "dense", "records"},
+    "search_client": {"records"},
+    "retriever": {"bm25", "dense", "records", "search_client"},
     "metrics": {"reward", "rollout"},
-    "evaluate": {"metrics", "records", "retriever", "reward", "rollout"},
-    "difficulty": {"engine", "records", "retriever", "reward", "rollout"},
+    "inference": {"engine", "metrics", "records", "retriever", "reward", "rollout"},
+    "evaluate": {"inference", "metrics", "records"},
+    "difficulty": {"inference", "records", "reward", "rollout"},
     "data_prep": {"difficulty", "records", "reward"},
     "train": {
-        "checkpoint", "config", "evaluate", "metrics", "policy", "records", "reinforce_pp",
-        "retriever", "reward", "rollout",
+        "checkpoint", "config", "inference", "metrics", "policy", "records", "reinforce_pp",
+        "reward", "rollout",
     },
 }  # fmt: skip
 
@@ -85,12 +87,12 @@ def size_of(path: Path) -> Size:
 
 
 GROUPS = {  # files, most lines, most tokens
-    "the algorithm": ([f"{name}.py" for name in ALGORITHM], 1_650, 10_000),
-    "all flat modules": ([f"{name}.py" for name in MODULES], 4_650, 26_300),
+    "the algorithm": ([f"{name}.py" for name in ALGORITHM], 1_640, 10_000),
+    "all flat modules": ([f"{name}.py" for name in MODULES], 4_875, 27_500),
     "tools": ([f"tools/{name}.py" for name in TOOLS], 900, None),
     "benchmarks": (
         sorted(f"benchmarks/{p.name}" for p in ROOT.glob("benchmarks/*.py")),
-        1_365,
+        1_200,
         None,
     ),
 }

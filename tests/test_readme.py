@@ -75,7 +75,7 @@ def test_the_demo_evaluates_with_the_limits_it_trains_with():
     names = "documents_per_search max_searches max_turn_tokens max_context prompt_file".split()
     for _, script, *arguments in lines:
         [evaluation] = parse(script, arguments)
-        values = vars(evaluation) | vars(evaluation.rollout_limits)
+        values = vars(evaluation)
         for preset in config.PRESETS["demo"].values():
             assert [values[name] for name in names] == [preset[name] for name in names]
 

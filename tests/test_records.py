@@ -3,7 +3,7 @@
 import pytest
 from test_retriever import PASSAGES, write
 
-from records import parse_passage, read_passages, read_questions
+from records import parse_passage, read_passages, read_questions, refuse_changed_settings
 
 
 @pytest.mark.parametrize(
@@ -36,6 +36,23 @@ def test_a_lone_surrogate_is_replaced():
     """JSON carries it; UTF-8, and so the index, the tokenizer and every file, does not."""
     passage = parse_passage({"id": 1, "title": "\ud800", "text": "é \udfff"})
     assert passage == {"id": "1", "title": "?", "text": "é ?"}
+
+
+@pytest.mark.parametrize(
+    ("before", "change"),
+    [
+        ({"seed": 0, "out": "a", "right": "em"}, "seed 0, not 1"),
+        ({"seed": 1, "right": "em", "of another program": None, "x": [2]}, "x [2], not None"),
+        ({"seed": 1}, "right None, not em"),
+        ({"seed": "no\n" + "x" * 9999, "right": "em"}, f"seed no {'x' * 197}, not 1"),
+    ],
+)
+def test_a_setting_that_has_changed_is_named_in_one_line(before, change):
+    settings = {"seed": 1, "out": "b", "right": "em"}
+    with pytest.raises(ValueError) as error:
+        refuse_changed_settings("file", before, settings, "remove it", {"out"})
+    assert str(error.value) == f"file: begun with {change}; remove it"
+    refuse_changed_settings("file", settings | {"out": "c"}, settings, "remove it", {"out"})
 
 
 def test_questions_in_both_formats(tmp_path):

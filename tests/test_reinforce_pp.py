@@ -73,7 +73,9 @@ def test_eq_4_by_hand():
     assert torch.equal(centre(rewards)[0], tensor([0.5, -0.5, -0.5, 0.5]).double())
     one_action_each = torch.ones(8, 1)
     standardized = grpo(rewards, one_action_each, None, 0.0)
-    assert torch.allclose(standardized[:4, 0], tensor([1.0, -1.0, -1.0, 1.0]).double(), atol=1e-5)
+    std = math.sqrt(4 * 0.25 / 3)  # of a sample: n - 1
+    expected = tensor([0.5, -0.5, -0.5, 0.5]).double() / std
+    assert torch.allclose(standardized[:4, 0], expected, atol=1e-5)
     assert standardized[4:].abs().sum() == 0
 
 
@@ -265,6 +267,13 @@ def test_a_plan_holds_every_sequence_once_within_the_budget(drawn, budget):
         is_one_sequence = len(rows) == 1 and len(rows[0]) == 1
         assert computed.numel() <= budget or is_one_sequence
         assert computed.shape[1] <= MAX_SHARED_ROW or all(len(row) == 1 for row in rows)
+
+
+def test_a_micro_batch_is_of_shared_rows_or_of_plain_rows():
+    """One shared row would give all rows of its micro-batch a dense mask."""
+    shared = {i: [1] * 50 + [i] * 20 for i in range(2)}
+    plain = {10 + i: [10 + i] * (60 + 20 * i) for i in range(3)}
+    assert plan_micro_batches(shared | plain, 10_000) == [[[0, 1]], [[12], [11], [10]]]
 
 
 def test_samples_of_one_question_share_a_row_and_unlike_sequences_do_not():

@@ -24,6 +24,7 @@ from reward import (
 
 GOOD = " I look.\n<|begin_of_query|> x y <|end_of_query|>\nIt is b. </think> <answer> b </answer>"
 ANSWER = " <answer> b </answer>"
+CANDIDATES = "Paris/London/Rome/Bern/Oslo/Kiev/Prague/Vienna/Berlin/Madrid/Lisbon/Riga"
 words = st.text(alphabet="abc the-'. ,Éİ", max_size=20)
 
 
@@ -45,6 +46,8 @@ def test_a_right_format_breaks_no_rule():
         ("</think> <answer> b </answer> and more", "one_answer"),
         ("</think> <answer> b </answer> <answer> b </answer>", "one_answer"),
         ("</think> </answer> b <answer>", "one_answer"),
+        ("</think> <answer></answer>", "one_answer"),
+        ("</think> <answer> \n </answer>", "one_answer"),
         ("<|begin_of_query|> a </think> <answer> b </answer>", "paired_queries"),
         ("<|end_of_query|> a <|begin_of_query|> </think> <answer> b </answer>", "paired_queries"),
         ("<|begin_of_query|> <|end_of_query|> </think> <answer> b </answer>", "paired_queries"),
@@ -56,6 +59,7 @@ def test_a_right_format_breaks_no_rule():
         ("<|begin_of_documents|> </think> <answer> b </answer>", "no_documents"),
         ("x <|end_of_documents|> </think> <answer> b </answer>", "no_documents"),
         ("</think> <answer> 1 2 3 4 5 6 7 8 9 10 11 </answer>", "short_answer"),
+        (f"</think> <answer> {CANDIDATES} </answer>", "short_answer"),
         ("汉 </think> <answer> b </answer>", "no_script_switch"),
     ],
 )
@@ -66,6 +70,14 @@ def test_each_rule_is_named_when_it_fails(text, rule):
 
 def test_ten_words_are_short_enough():
     assert failed_rule("</think> <answer> 1 2 3 4 5 6 7 8 9 10 </answer>") is None
+
+
+@given(st.lists(st.sampled_from(["b", "the", "/", "-", "é", "!!"]), min_size=1, max_size=24))
+def test_an_answer_has_as_many_words_as_the_metrics_see(parts):
+    """Whatever stands between two candidates, a list of them cannot farm cover-EM."""
+    answer = " ".join(parts).replace(" / ", "/")
+    is_short = failed_rule(f"</think> <answer> {answer} </answer>") is None
+    assert is_short == (len(normalize(answer).split()) <= 10)
 
 
 def test_retrieved_text_cannot_change_the_reward():
@@ -136,6 +148,18 @@ def test_an_answer_that_is_an_article_stays_an_answer():
     )
 
 
+@pytest.mark.parametrize("metric", [*METRICS.values(), contiguous_match])
+def test_an_answer_of_punctuation_matches_itself_alone(metric):
+    """A film is called "!!!", an album "÷", a song "...": the text itself is what is left."""
+    assert metric("!!!", "!!!") == metric(" ... ", "...") == 1
+    assert metric("Paris", "!!!") == metric("", "!!!") == metric("???", "!!!") == 0
+
+
+@pytest.mark.parametrize("metric", [*METRICS.values(), contiguous_match])
+def test_an_empty_gold_answer_is_matched_by_nothing(metric):
+    assert metric("Paris", "") == metric("", "") == metric("", " ") == 0
+
+
 def test_extract_answer():
     assert extract_answer(GOOD) == "b"
     assert extract_answer("<answer> b") == ""
@@ -148,15 +172,13 @@ def test_metrics_are_bounded_and_ordered(a, b):
         assert 0 <= metric(a, b) <= 1
     assert cover_exact_match(a, b) >= exact_match(a, b)
     assert f1(a, b) == f1(b, a)
-    if normalize(a):
+    if a.strip():
         assert f1(a, a) == 1
 
 
 @given(words, words)
 def test_contiguous_cover_is_between(a, b):
-    assert cover_exact_match(a, b) >= contiguous_match(a, b)
-    if normalize(b):
-        assert contiguous_match(a, b) >= exact_match(a, b)
+    assert cover_exact_match(a, b) >= contiguous_match(a, b) >= exact_match(a, b)
 
 
 @given(words, words | st.just(""))

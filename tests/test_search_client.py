@@ -11,18 +11,20 @@ import pytest
 import urllib3
 from pytest_httpserver import HTTPServer
 from test_retriever import PASSAGES
+from test_rollout import look_up_together
 from tiny import ASK, TELL
 from werkzeug import Request, Response
 
-import retriever
-from retriever import RETRY_POLICY, Remote, fetch_json, open_retriever
+import search_client
+from retriever import open_retriever, retriever_fingerprint
+from search_client import RETRY_POLICY, Remote, fetch_json
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
     """Retries follow at once, and a server that is silent for 0.3 seconds is given up."""
-    monkeypatch.setattr(retriever, "RETRY_POLICY", RETRY_POLICY.new(backoff_factor=0))
-    monkeypatch.setattr(retriever, "TIMEOUT", urllib3.Timeout(connect=5, read=0.3))
+    monkeypatch.setattr(search_client, "RETRY_POLICY", RETRY_POLICY.new(backoff_factor=0))
+    monkeypatch.setattr(search_client, "TIMEOUT", urllib3.Timeout(connect=5, read=0.3))
 
 
 class Server(HTTPServer):
@@ -128,7 +130,7 @@ def test_all_queries_go_in_one_request(server):
         Response("", 503),
         Response("", 500),
         Response("", 429, headers={"Retry-After": "0"}),
-        *(hang_up, reset, be_silent, cut, HALF_JSON, NESTED),
+        *(hang_up, reset, be_silent, cut),
     ],
 )
 def test_the_client_tries_again(server, failure):
@@ -141,12 +143,14 @@ def test_the_client_tries_again(server, failure):
     ("answer", "message", "requests"),
     [
         (Response("busy", 503), "status 503: 'busy'", 7),
-        (Response("no\nway", 422), r"status 422: 'no\nway'", 1),
         (hang_up, "no answer: ", 7),
         (reset, "no answer: ", 7),
         (cut, "no answer: ", 7),
-        (HALF_JSON, """not JSON: '{"results": [[{"id"'""", 7),
-        (Response("<html>" * 1000), "not JSON: '<html><html>", 7),
+        (Response("one query failed", 500), "status 500: 'one query failed'", 7),
+        (Response("no\nway", 422), r"status 422: 'no\nway'", 1),
+        (HALF_JSON, """not JSON: '{"results": [[{"id"'""", 1),
+        (Response("<html>" * 1000), "not JSON: '<html><html>", 1),
+        (NESTED, "not JSON: '[[[", 1),
         (Response('{"results": [[{"id": 1}]]}'), "an answer of another shape", 1),
         (Response('{"results": []}'), "0 results for 1 queries", 1),
         (Response("[]"), "an answer of another shape", 1),
@@ -154,9 +158,11 @@ def test_the_client_tries_again(server, failure):
 )
 def test_after_the_last_try_there_is_one_clear_line(server, answer, message, requests):
     url = server.behave(answer)
-    with pytest.raises(RuntimeError) as error:
+    with pytest.raises((ConnectionError, RuntimeError)) as error:
         Remote(url).search(["x"], 1)
     line = str(error.value)
+    is_silent = "status 503" in message or "no answer" in message
+    assert isinstance(error.value, ConnectionError) == is_silent
     assert line.startswith(f"{url}/search: ") and message in line
     assert "\n" not in line and len(line) < 350
     assert len(server.seen) == requests
@@ -174,7 +180,7 @@ def test_the_waits_make_about_a_minute_and_the_server_cannot_ask_for_more_than_o
 
 def test_a_server_that_is_down_for_a_while_is_waited_for(monkeypatch):
     patient = RETRY_POLICY.new(total=20, backoff_factor=0.1, backoff_max=0.3)
-    monkeypatch.setattr(retriever, "RETRY_POLICY", patient)
+    monkeypatch.setattr(search_client, "RETRY_POLICY", patient)
     with socket.create_server(("localhost", 0)) as listener:
         port = listener.getsockname()[1]
     server = Server(port=port)
@@ -185,6 +191,43 @@ def test_a_server_that_is_down_for_a_while_is_waited_for(monkeypatch):
         assert not found.done()
         with server:
             assert found.result(timeout=30) == [[PASSAGES[0]]]
+
+
+# --------------------------------------------------------------------------------------------------
+# Fingerprints
+
+
+@pytest.mark.parametrize("path", ["", "/", "/search", "/queries/", "/retrieve"])
+def test_the_fingerprint_of_a_server_is_what_it_reports(server, path):
+    url = server.behave(Response(json.dumps({"fingerprint": "abc"})))
+    assert retriever_fingerprint(url + path) == "abc"
+    (request,) = server.seen
+    assert (request.method, request.path) == ("GET", "/ready")
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Response("", 404),
+        Response("", 405),
+        Response("<html>"),
+        Response("[]"),
+        Response('{"status": "ok"}'),
+    ],
+)
+def test_a_server_of_another_project_has_no_fingerprint(server, answer):
+    assert retriever_fingerprint(server.behave(answer)) is None
+    assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize("answer", [hang_up, Response("", 503)])
+def test_a_server_that_does_not_answer_is_not_one_without_a_fingerprint(server, answer):
+    with pytest.raises(ConnectionError, match="/ready: "):
+        retriever_fingerprint(server.behave(answer))
+
+
+# --------------------------------------------------------------------------------------------------
+# Keys, and what becomes of the episode
 
 
 @pytest.mark.parametrize("header", ["secret-key", "Bearer secret-key"])
@@ -217,3 +260,24 @@ def test_a_failed_search_is_counted_and_the_episode_goes_on(
     assert episode.search_failures == failures
     assert (episode.queries, episode.finish_reason) == (["red harbor"], "answer")
     assert documents in episode.segments[2][1]
+
+
+def test_a_query_on_which_the_server_fails_fails_no_other(server, tokenizer):
+    def answer(request: Request) -> Response:
+        if "3" in request.json["queries"]:
+            return Response("a panic", 500)
+        return Response(json.dumps({"results": [[PASSAGES[0]] for _ in request.json["queries"]]}))
+
+    server.clear()
+    server.expect_request(re.compile(".*")).respond_with_handler(answer)
+    found, search_error = look_up_together(tokenizer, Remote(server.url_for("/search")).search)
+    assert [query for query, (failures, _) in found.items() if failures] == ["3"]
+    assert "status 500: 'a panic'" in search_error
+
+
+@pytest.mark.parametrize("silence", [hang_up, Response("", 503)])
+def test_a_silent_server_costs_its_retries_once_for_all_queries(server, tokenizer, silence):
+    url = server.behave(silence)
+    found, _ = look_up_together(tokenizer, Remote(url).search)
+    assert [failures for failures, _ in found.values()] == [1] * 8
+    assert len(server.seen) == 7

@@ -19,7 +19,8 @@ from starlette.testclient import TestClient
 
 from bm25 import BM25, TantivyBM25
 from records import write_jsonl
-from retriever import Remote
+from retriever import build_bm25, retriever_fingerprint
+from search_client import Remote
 from tools import search_server
 from tools.search_server import MAX_BODY_BYTES, MAX_PASSAGES, Batcher, SearchRequest, make_app
 
@@ -35,10 +36,10 @@ for i in range(3000):
 class Server:
     """The server in a process of its own, with `constants` of its module replaced."""
 
-    def __init__(self, corpus, **constants):
+    def __init__(self, index, **constants):
         code = (
             f"from tools import search_server; vars(search_server).update({constants});"
-            f"search_server.main(['--index', {str(corpus)!r}, '--port', '0'])"
+            f"search_server.main(['--index', {str(index)!r}, '--port', '0'])"
         )
         root = search_server.__file__.rpartition("/tools/")[0]
         self.process = subprocess.Popen(
@@ -54,15 +55,17 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    path = tmp_path_factory.mktemp("server") / "corpus.jsonl"
-    write_jsonl(path, CORPUS)
-    return path
+def index(tmp_path_factory):
+    """A BM25 index of CORPUS."""
+    folder = tmp_path_factory.mktemp("server")
+    write_jsonl(folder / "corpus.jsonl", CORPUS)
+    build_bm25(str(folder / "corpus.jsonl"), folder / "index")
+    return folder / "index"
 
 
 @pytest.fixture(scope="module")
-def server(corpus):
-    server = Server(corpus)
+def server(index):
+    server = Server(index)
     yield server
     code, _, err = server.stop()
     assert code == 0 and "Traceback" not in err
@@ -247,7 +250,7 @@ def test_requests_that_do_not_end_do_not_disturb_others(server, sent, broken_off
 
 def test_the_server_is_healthy_ready_and_on_this_machine_alone(server):
     for path in ("/health", "/ready"):
-        assert urllib3.request("GET", server.url + path).json() == {"status": "ok"}
+        assert urllib3.request("GET", server.url + path).json()["status"] == "ok"
     assert urllib3.request("GET", server.url + "/nothing").status == 404
     assert server.url.startswith("http://127.0.0.1:")
 
@@ -260,6 +263,10 @@ def test_while_the_index_opens_the_server_is_healthy_and_not_ready():
         assert client.get("/ready").status_code == search().status_code == 503
         batcher.retriever = BM25(CORPUS[:10])
         assert client.get("/ready").status_code == search().status_code == 200
+
+
+def test_the_server_reports_the_fingerprint_of_what_it_searches(server, index):
+    assert retriever_fingerprint(server.url) == retriever_fingerprint(str(index)) is not None
 
 
 def test_what_the_user_can_mend_is_one_line_and_status_2(server, tmp_path, monkeypatch):
@@ -279,9 +286,9 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(server, tmp_path, monke
         assert len(result.stderr.splitlines()) == 1
 
 
-def test_a_signal_stops_the_server_as_soon_as_it_is_ready_and_with_a_stalled_client(corpus):
-    assert Server(corpus).stop()[0] == 0
-    server = Server(corpus, SHUTDOWN_SECONDS=1)
+def test_a_signal_stops_the_server_as_soon_as_it_is_ready_and_with_a_stalled_client(index):
+    assert Server(index).stop()[0] == 0
+    server = Server(index, SHUTDOWN_SECONDS=1)
     with socket.create_connection(server.address) as stalled:
         stalled.sendall(HALF_REQUEST)
         time.sleep(0.5)
@@ -289,8 +296,8 @@ def test_a_signal_stops_the_server_as_soon_as_it_is_ready_and_with_a_stalled_cli
         assert server.stop()[0] == 0 and time.monotonic() - start < 20
 
 
-def test_sigterm_answers_every_request_that_was_received(corpus):
-    server = Server(corpus)
+def test_sigterm_answers_every_request_that_was_received(index):
+    server = Server(index)
     expected = post(server.url + "/search", queries=QUERIES)
     answers = []
 

@@ -6,6 +6,7 @@ import time
 import pytest
 from starlette.testclient import TestClient
 
+from tools import search_server
 from tools.search_server import Batcher, make_app
 from tools.web_search import PROVIDERS, WebSearch
 
@@ -59,6 +60,16 @@ def test_the_search_server_answers_from_the_web(httpserver, open_web):
     with TestClient(make_app(Batcher(open_web()))) as client:
         answer = client.post("/queries", json={"queries": ["red harbor"], "k": 1})
         assert answer.json() == {"answers": [["0\tRed Harbor   A film & more by Lane."]]}
+
+
+def test_a_server_of_the_web_reports_that_it_is_not_repeatable(open_web, monkeypatch, tmp_path):
+    opened = []
+    monkeypatch.setattr(search_server, "run_server", lambda source, *_: opened.append(source()))
+    monkeypatch.setenv("HOME", str(tmp_path))  # of the cache
+    search_server.serve(web="serper")
+    ((fingerprint, retriever),) = opened
+    assert isinstance(retriever, WebSearch)
+    assert fingerprint == "serper: web search, not repeatable"
 
 
 def test_what_was_asked_once_is_answered_from_disk_also_by_another_process(httpserver, open_web):

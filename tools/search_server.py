@@ -4,7 +4,8 @@
     SERPER_API_KEY=... python tools/search_server.py --web serper --port 8000
 
 POST /search, /queries (protocol of the official R1-Searcher) or /retrieve (of Search-R1): search.
-GET /health: the process runs. GET /ready: the index is open; until then searches get status 503.
+GET /health: the process runs. GET /ready: the index is open, and its fingerprint; until then
+searches get status 503.
 """
 
 import asyncio
@@ -19,11 +20,13 @@ from pathlib import Path
 from threading import Thread
 from typing import Literal
 
+import tyro
+
 # A script finds the modules beside it; those of the core lie one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from records import MALFORMED, Passage, user_errors
-from retriever import Retriever, open_retriever
+from retriever import Retriever, open_retriever, retriever_fingerprint
 from tools.web_search import WebSearch
 
 MAX_BODY_BYTES = 4 << 20  # of a request; a longer one gets status 413
@@ -48,6 +51,7 @@ class Batcher:
 
     def __init__(self, retriever: Retriever | None = None):
         self.retriever = retriever  # None until the index is open
+        self.fingerprint: str | None = None
         self.waiting: dict[int, list[SearchRequest]] = {}  # by k
         self.worker: asyncio.Task | None = None
         self.answered = 0
@@ -158,7 +162,7 @@ def make_app(batcher: Batcher):
 
     async def ready(http_request: Request) -> JSONResponse:
         require_index()
-        return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "ok", "fingerprint": batcher.fingerprint})
 
     routes = [Route("/health", health), Route("/ready", ready)]
     for path in ("/search", "/queries", "/retrieve"):
@@ -166,8 +170,11 @@ def make_app(batcher: Batcher):
     return Starlette(routes=routes, max_body_size=MAX_BODY_BYTES)
 
 
-def run_server(open_source: Callable[[], Retriever], host: str, port: int) -> None:
+def run_server(open_source: Callable[[], tuple], host: str, port: int) -> None:
     """Answer until SIGTERM or Ctrl-C, then the requests that were received until then.
+
+    Args:
+        open_source: returns a fingerprint (str or None) and the `Retriever` that has it.
 
     Raises:
         OSError: the port is taken; and whatever `open_source` raises.
@@ -189,7 +196,7 @@ def run_server(open_source: Callable[[], Retriever], host: str, port: int) -> No
 
     def load() -> None:
         try:
-            batcher.retriever = open_source()
+            batcher.fingerprint, batcher.retriever = open_source()
             print(f"ready: http://{host}:{listener.getsockname()[1]}", flush=True)
         except Exception as error:
             failures.append(error)
@@ -208,8 +215,6 @@ def serve(
     index: str | None = None,
     web: Literal["serper", "brave"] | None = None,
     rate: float | None = None,
-    corpus: str | None = None,
-    backend: Literal["auto", "rank-bm25", "tantivy"] = "auto",
     host: str = "127.0.0.1",
     port: int = 8000,
 ) -> None:
@@ -219,8 +224,6 @@ def serve(
         index: A passage file, an index folder or the URL of another search server.
         web: A web search engine instead; its key comes from the environment.
         rate: Requests a second to the web search engine; by default those of its smallest plan.
-        corpus: Where the passages of an index folder are, if they moved.
-        backend: Search engine of a passage file.
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
     """
@@ -229,15 +232,15 @@ def serve(
     if not 0 <= port < 65536:
         raise ValueError(f"--port {port}: expected 0 to 65535")
 
-    def open_source() -> Retriever:
-        return WebSearch(web, rate) if web else open_retriever(index, backend, corpus)
+    def open_source() -> tuple[str | None, Retriever]:
+        if web:
+            return f"{web}: web search, not repeatable", WebSearch(web, rate)
+        return retriever_fingerprint(index), open_retriever(index)
 
     run_server(open_source, host, port)
 
 
 def main(argv: list[str] | None = None) -> None:
-    import tyro
-
     with user_errors("search_server.py"):
         tyro.cli(serve, args=argv, description=__doc__, use_underscores=True)
 

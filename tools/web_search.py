@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from records import Passage, parse_passage, replace_surrogates, reraise_corrupt
-from retriever import expected_shape, fetch_json
+from search_client import expected_shape, fetch_json
 
 # A search engine takes about a second to answer: requests overlap to make use of the rate.
 MAX_CONCURRENT_REQUESTS = 32
@@ -94,7 +94,7 @@ class WebSearch:
             )
 
     def search(self, queries: list[str], k: int) -> list[list[Passage]]:
-        """The first k hits of each query; raises RuntimeError if the provider does not answer."""
+        """The first k hits of each query; raises what `fetch_json` raises."""
         queries = [replace_surrogates(query) for query in queries]
         return list(self.pool.map(lambda query: self._search_one(query, k), queries))
 

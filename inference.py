@@ -1,0 +1,98 @@
+"""What training, evaluation and the measurement of difficulty share: how questions are answered.
+
+Options of inference, fingerprints of what they name, opening a model for it, and the answers.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from engine import ENGINES, open_engine
+from metrics import episode_record
+from records import fingerprint
+from retriever import open_retriever, retriever_fingerprint
+from reward import TAGS, load_prompt, score_episode
+from rollout import Episode, Limits, Rollout, derive_seed, prompt_encoder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inference(Limits):
+    """Which model answers, and how. `config.Config` has the same fields for a training run."""
+
+    model: str  # Hugging Face folder
+    retriever: str  # passage file (JSONL), index folder or search server URL
+    prompt_file: str = "base"  # base, chat, or a text file with {question} in it
+    engine: Literal[ENGINES] = "vllm"  # inference engine
+    gpu_memory_utilization: float = 0.9  # the engine's share of the GPU
+    seed: int = 0  # of the sampling, where the temperature is not 0
+
+
+def model_fingerprint(model: str) -> str:
+    """Fingerprint of a model folder; of a model on the Hugging Face hub, its revision."""
+    from transformers.utils import cached_file
+
+    try:
+        folder = Path(cached_file(model, "config.json")).parent
+    except (OSError, ValueError):
+        raise ValueError(f"{model}: neither a model folder nor a hub model (--model)") from None
+    return fingerprint(folder) if Path(model).is_dir() else folder.name
+
+
+def describe_inputs(options: Inference) -> dict[str, str | None]:
+    """Fingerprints of model, retriever and prompt, of which the options hold only the names."""
+    prompt = json.dumps(load_prompt(options.prompt_file))
+    return {
+        "model_fingerprint": model_fingerprint(options.model),
+        "retriever_fingerprint": retriever_fingerprint(options.retriever),
+        "prompt_fingerprint": hashlib.sha256(prompt.encode()).hexdigest(),
+    }
+
+
+def open_rollout(options: Inference) -> tuple[Rollout, Callable[[str], list[int]]]:
+    """Open a model for inference: the loop over it, and the encoder from question to prompt ids.
+
+    On a CPU the loop is deterministic; on a GPU decoding goes on while the retriever works.
+    """
+    import torch
+    from transformers import AutoTokenizer
+
+    search = open_retriever(options.retriever).search
+    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    # The encoder refuses a bad prompt before the engine loads.
+    encode = prompt_encoder(tokenizer, load_prompt(options.prompt_file))
+    engine = open_engine(
+        options.engine, options.model, options.max_context, options.gpu_memory_utilization
+    )
+    deterministic = not torch.cuda.is_available()
+    return Rollout(engine, tokenizer, search, TAGS, options, deterministic), encode
+
+
+def question_key(question: dict) -> tuple[str, str]:
+    """Ids are unique only within a dataset: the released files all count from 1."""
+    return question["dataset"], question["id"]
+
+
+def answer_questions(
+    rollout: Rollout,
+    encode: Callable[[str], list[int]],
+    questions: list[dict],
+    seed: int = 0,
+    reward: str = "stage2",
+) -> Iterator[dict]:
+    """Roll the questions out; yield the `episode_record` of each as its episode finishes.
+
+    Args:
+        encode: from question to prompt ids.
+        reward: a name in `reward.REWARDS`.
+    """
+    episodes = (
+        Episode(q, encode(q["question"]), seed=derive_seed(seed, *question_key(q)))
+        for q in questions
+    )
+    for episode in rollout.run(episodes):
+        answers = episode.question["answers"]
+        episode.rewards = score_episode(episode.segments, episode.answered, answers, reward)
+        yield episode_record(episode)

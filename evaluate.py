@@ -33,10 +33,8 @@ from inference import (
 )
 from metrics import (
     JUDGE_PROMPT,
-    count_verdicts,
     format_cell,
     measure_by_dataset,
-    measure_outputs,
     table,
     verdict,
 )
@@ -54,6 +52,7 @@ from records import (
     write_jsonl,
     write_text,
 )
+from reward import METRICS, best, contiguous_match
 
 # Raise the version when the same model would get other numbers.
 PROTOCOL_VERSION = 4
@@ -233,6 +232,32 @@ def read_outputs(path: Path) -> list[dict]:
 
     expected = '{"question", "answers", "answer"} or {"question", "answer", "pred_ans"}'
     return [line["record"] for line in read_jsonl(path, parse, expected)]
+
+
+def measure_outputs(outputs: list[dict]) -> dict[str, dict]:
+    """Answer metrics by dataset and, if any output has a verdict, ACC_L over all of them."""
+    metrics = METRICS | {"acc_r_contiguous": contiguous_match}
+    judged = any(verdict(output["judge_reply"]) is not None for output in outputs)
+
+    def metrics_of(output: dict) -> dict[str, float]:
+        values = {}
+        for name, metric in metrics.items():
+            values[name] = best(metric, output["answer"], output["answers"])
+        if judged:
+            values["acc_l"] = verdict(output["judge_reply"]) is True
+        return values
+
+    return measure_by_dataset(outputs, metrics_of)
+
+
+def count_verdicts(outputs: list[dict]) -> bool:
+    """Print how many outputs have a verdict, to stderr; True if all have one."""
+    replies = [output["judge_reply"] for output in outputs]
+    judged = sum(verdict(reply) is not None for reply in replies)
+    missing = replies.count(None)
+    unparsed = len(replies) - judged - missing
+    print(f"judged {judged}, unparsed {unparsed}, without reply {missing}", file=sys.stderr)
+    return judged == len(replies)
 
 
 def score(

@@ -4,12 +4,11 @@ Training logs `summarize` of its episodes; an evaluation reports `measure_by_dat
 """
 
 import re
-import sys
 from collections.abc import Callable
 
 import numpy as np
 
-from reward import FORMAT_RULES, METRICS, best, contiguous_match
+from reward import FORMAT_RULES, METRICS
 from rollout import Episode
 
 # Columns of a table, where the results have them.
@@ -140,29 +139,3 @@ def verdict(reply: str | None) -> bool | None:
     """The judge's one word, True or False; None for any other reply."""
     word = re.fullmatch(r"[\s\"'`*.]*(true|false)[\s\"'`*.]*", str(reply), re.IGNORECASE)
     return None if word is None else word[1].lower() == "true"
-
-
-def measure_outputs(outputs: list[dict]) -> dict[str, dict]:
-    """Answer metrics by dataset and, if any output has a verdict, ACC_L over all of them."""
-    metrics = METRICS | {"acc_r_contiguous": contiguous_match}
-    judged = any(verdict(output["judge_reply"]) is not None for output in outputs)
-
-    def metrics_of(output: dict) -> dict[str, float]:
-        values = {}
-        for name, metric in metrics.items():
-            values[name] = best(metric, output["answer"], output["answers"])
-        if judged:
-            values["acc_l"] = verdict(output["judge_reply"]) is True
-        return values
-
-    return measure_by_dataset(outputs, metrics_of)
-
-
-def count_verdicts(outputs: list[dict]) -> bool:
-    """Print how many outputs have a verdict, to stderr; True if all have one."""
-    replies = [output["judge_reply"] for output in outputs]
-    judged = sum(verdict(reply) is not None for reply in replies)
-    missing = replies.count(None)
-    unparsed = len(replies) - judged - missing
-    print(f"judged {judged}, unparsed {unparsed}, without reply {missing}", file=sys.stderr)
-    return judged == len(replies)

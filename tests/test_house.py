@@ -34,7 +34,7 @@ IMPORTS = {
     "retriever": {"bm25", "dense", "records", "search_client"},
     "metrics": {"reward", "rollout"},
     "inference": {"engine", "metrics", "records", "retriever", "reward", "rollout"},
-    "evaluate": {"inference", "metrics", "records"},
+    "evaluate": {"inference", "metrics", "records", "reward"},
     "difficulty": {"inference", "records", "reward", "rollout"},
     "data_prep": {"difficulty", "records", "reward"},
     "train": {

@@ -12,6 +12,7 @@ from inference import answer_questions
 from reward import PROMPTS, TAGS, score_episode
 from rollout import (
     MAX_CONCURRENT_SEARCHES,
+    MAX_SINGLE_FAILURES,
     Episode,
     Limits,
     Rollout,
@@ -213,6 +214,19 @@ def test_a_query_that_fails_fails_no_other(tokenizer, bad):
     assert search_error
     first, *alone = asked
     assert first == numbers and sorted(alone) == [[n] for n in numbers]
+
+
+def test_after_some_failures_in_a_row_the_other_queries_are_not_asked(tokenizer):
+    """Each failure of a server that answers 500 to everything costs a minute."""
+    asked = []
+
+    def search(queries, k):
+        asked.append(queries)
+        raise RuntimeError("status 500")
+
+    found, _ = look_up_together(tokenizer, search)
+    assert set(found.values()) == {(1, "(no results)")} and len(found) == 8
+    assert [len(queries) for queries in asked] == [8] + [1] * MAX_SINGLE_FAILURES
 
 
 def test_what_fails_only_together_is_no_failure(tokenizer):

@@ -1,13 +1,8 @@
-"""The run folder of train.py: configuration, logs, checkpoints, resume and the exported model.
+"""Checkpoints and the export of a model.
 
-    config.json            the options of the run, and fingerprints of what they name
-    metrics.jsonl          one line a step
-    trajectories.jsonl     each step's first group of episodes
-    checkpoints/           the last two: a safetensors file of every rank, readable by any number of
-                           ranks; a checkpoint's name ends in the fingerprint of its files
-    model/                 a Hugging Face folder, written after the last step
-
-Only rank 0 reads and writes, but for the safetensors files of checkpoints.
+A checkpoint is a folder: a safetensors file of every rank, readable by any number of ranks, and
+progress.json. Its name ends in the fingerprint of these files. Each rank reads and writes its own
+share; a folder appears as a whole or not at all.
 """
 
 import dataclasses
@@ -18,41 +13,22 @@ import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from policy import gather
-from records import (
-    fingerprint,
-    fsync_and_rename,
-    refuse_changed_settings,
-    reraise_corrupt,
-    write_jsonl,
-    write_text,
-)
+from records import fingerprint, fsync_and_rename, reraise_corrupt, write_text
+from signals import best_evaluation, note_evaluation
 
-KEEP_CHECKPOINTS = 2
+KEEP_CHECKPOINTS = 2  # besides the one with the best evaluation
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's names of its moments
 DTYPE_NAMES = {torch.float32: "F32", torch.bfloat16: "BF16"}  # those of safetensors
 EXPORT_STEP_FILE = "nanosearcher_step.txt"  # in an exported model folder: the step of its run
-# Options that --resume may change: a step that both runs do has the same numbers but for rounding.
-MAY_CHANGE = {
-    "steps",
-    "save_every",
-    "eval_every",
-    "eval_questions",
-    "micro_batch_tokens",
-    "gradient_checkpointing",
-    "cpu_offload",
-    "gpu_memory_utilization",
-}
 
 
 @dataclass(frozen=True)
@@ -62,6 +38,18 @@ class Progress:
     step: int = 0  # rollout batches done
     updates: int = 0  # optimiser steps done
     consecutive_skipped: int = 0  # updates skipped since the last one that was done
+    evaluations: list[dict] = field(default_factory=list)  # see signals.py
+    probe: list[dict] = field(default_factory=list)  # episodes, see `signals.extend_probe`
+
+    def after_step(self, metrics: dict[str, float], probe: list[dict]) -> "Progress":
+        """How far the run is after the step that gave these metrics."""
+        return Progress(
+            metrics["step"],
+            self.updates + metrics["updates"],
+            metrics["consecutive_skipped"],
+            note_evaluation(self.evaluations, metrics),
+            probe,
+        )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -196,7 +184,7 @@ def combine(digests: dict[str, str]) -> str:
 def save_checkpoint(
     folder: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
 ) -> None:
-    """Write a checkpoint beside its final place, flush it, rename it; keep KEEP_CHECKPOINTS.
+    """Write a checkpoint beside its final place, flush it, rename it; remove older ones.
 
     Raises:
         OSError: a rank could not write its file. The checkpoints before it stay.
@@ -223,14 +211,20 @@ def save_checkpoint(
         if rank == 0:
             fsync_and_rename(partial, whole)
     if rank == 0:
+        best = best_evaluation(progress.evaluations)
         for old in list_checkpoints(folder)[:-KEEP_CHECKPOINTS]:
-            shutil.rmtree(old)
+            if best is None or step_of(old) != best["step"]:
+                shutil.rmtree(old)
     dist.barrier()
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The finished checkpoints by step."""
     return sorted(folder.glob("step_??????-" + "?" * 16))
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name[len("step_") :].partition("-")[0])
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path | None, Progress]:
@@ -265,6 +259,15 @@ def load_checkpoint(
     """Read parameters and moments; the checkpoint may be of another number of ranks."""
     create_moments(optimizer, progress.updates)
     read_shards(path, training_state(policy, optimizer))
+
+
+def load_parameters(
+    folder: Path, step: int, policy: nn.Module, optimizer: torch.optim.Optimizer
+) -> None:
+    """Read the parameters alone, from the checkpoint of the step among those in the folder."""
+    (path,) = [each for each in list_checkpoints(folder) if step_of(each) == step]
+    state = training_state(policy, optimizer)
+    read_shards(path, {name: state[name] for name in state if name.startswith("model.")})
 
 
 # --------------------------------------------------------------------------------------------------
@@ -309,142 +312,3 @@ def export(
             write_text(partial / EXPORT_STEP_FILE, str(step))
             shutil.rmtree(out, ignore_errors=True)
             fsync_and_rename(partial, out)
-
-
-# --------------------------------------------------------------------------------------------------
-# The run folder
-
-
-class RunFolder:
-    """The files of one run.
-
-    Args:
-        path: the folder.
-        settings: JSON values by name, on which the run's numbers depend: its options, and
-            fingerprints of what they name.
-        logger: "tensorboard" or "wandb", to log there too.
-    """
-
-    def __init__(self, path: Path, settings: dict[str, Any], logger: str | None = None):
-        self.path, self.settings, self.logger, self.board = path, settings, logger, None
-        self.on_rank0 = dist.get_rank() == 0
-
-    @contextmanager
-    def lock(self, resume: bool) -> Iterator[None]:
-        """Keep other processes out of the folder.
-
-        Raises:
-            ValueError: another process has locked it; it contains a run with other settings; or
-                it contains a run and `resume` is false.
-        """
-        if not self.on_rank0:
-            yield
-            return
-        self.path.mkdir(parents=True, exist_ok=True)
-        file_lock = FileLock(self.path / ".lock", timeout=0, fallback_to_soft=False)
-        try:
-            file_lock.acquire()
-        except Timeout:  # for one, ranks that outlived their torchrun
-            raise ValueError(f"{self.path}: another process is training in it") from None
-        except OSError:
-            pass  # a file system without locks
-        try:
-            self._refuse_another_run(resume)
-            yield
-        finally:
-            file_lock.release()
-
-    def _refuse_another_run(self, resume: bool) -> None:
-        if not any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints")):
-            return
-        if not resume:
-            raise ValueError(
-                f"{self.path}: holds a run already; give --resume to go on, or another --out"
-            )
-        file = self.path / "config.json"
-        with reraise_corrupt(file, "give another --out"):
-            before = dict(json.loads(file.read_text()))
-        refuse_changed_settings(file, before, self.settings, "give another --out", MAY_CHANGE)
-
-    def find_progress(self, resume: bool) -> tuple[Path | None, Progress, bool]:
-        """The checkpoint to go on from, its progress, and whether the run is finished.
-
-        Raises:
-            ValueError: the run is past its last step.
-        """
-        checkpoint, progress = None, Progress()
-        if resume:
-            checkpoint, progress = newest_checkpoint(self.path / "checkpoints")
-        steps = self.settings["steps"]
-        if progress.step > steps:
-            raise ValueError(
-                f"{self.path}: the run is at step {progress.step}, past --steps {steps}; "
-                "give another --out"
-            )
-        file = self.path / "model" / EXPORT_STEP_FILE
-        exported = file.read_text() if file.exists() else ""
-        finished = [progress.step == steps and exported == str(steps)]
-        dist.broadcast_object_list(finished)  # what rank 0 sees
-        return checkpoint, progress, finished[0]
-
-    def begin(self, step: int) -> None:
-        """Write the configuration, and remove what a run that died has left after `step`.
-
-        These are log lines, and checkpoints that are damaged: the run will write them again.
-
-        Raises:
-            ValueError: a log is damaged.
-        """
-        if not self.on_rank0:
-            return
-        write_text(self.path / "config.json", json.dumps(self.settings, indent=1))
-        for name in ("metrics.jsonl", "trajectories.jsonl"):
-            file = self.path / name
-            if file.exists():
-                with reraise_corrupt(file):
-                    # What follows the last line end is empty, or a line that was being written.
-                    *lines, _ = file.read_text(encoding="utf-8").split("\n")
-                    logged = [json.loads(line) for line in lines]
-                    kept = [record for record in logged if record["step"] <= step]
-                write_jsonl(file, kept)
-        for checkpoint in list_checkpoints(self.path / "checkpoints"):
-            if checkpoint.name[: len("step_000000")] > f"step_{step:06d}":
-                shutil.rmtree(checkpoint)
-        if self.logger == "wandb":
-            import wandb
-
-            wandb.init(
-                project="nanosearcher",
-                name=self.path.name,
-                config=self.settings,
-                dir=self.path,
-                sync_tensorboard=True,
-            )
-        if self.logger:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(self.path)
-
-    def log(self, metrics: dict[str, float], trajectories: list[dict]) -> None:
-        """Append a step's metrics and trajectories; they are on the disk before its checkpoint."""
-        if not self.on_rank0:
-            return
-        records = {"metrics.jsonl": [metrics], "trajectories.jsonl": trajectories}
-        for name in records:
-            file = self.path / name
-            try:
-                with open(file, "a", encoding="utf-8") as stream:
-                    for record in records[name]:
-                        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
-                    stream.flush()
-                    os.fsync(stream.fileno())
-            except OSError as error:
-                raise OSError(f"{file}: cannot be written ({error})") from None
-        if self.board is not None:
-            for name, value in metrics.items():
-                self.board.add_scalar(name, value, metrics["step"])
-
-    def print_rank0(self, line: str) -> None:
-        """Print above the progress bars."""
-        if self.on_rank0:
-            tqdm.write(line)

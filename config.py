@@ -23,7 +23,7 @@ class Config:
 
     model: str = "Qwen/Qwen2.5-7B"  # Hugging Face folder or hub name
     questions: str = "data/stage_1.jsonl"  # training questions (JSONL)
-    eval_questions: str = ""  # held-out questions (JSONL) for --eval_every
+    eval_questions: str = ""  # validation questions (JSONL) for --eval_every
     retriever: str = "data/bm25"  # passage file (JSONL), index folder or URL of a search server
     prompt_file: str = "base"  # base, chat, or a text file with {question} in it
     engine: Literal[ENGINES] = "vllm"  # inference engine (engine.py)
@@ -35,10 +35,14 @@ class Config:
     reward: Literal[tuple(REWARDS)] = "stage1"  # reward function (reward.py)
     algorithm: Literal[tuple(ALGORITHMS)] = "reinforce++"  # advantage estimator (reinforce_pp.py)
     learning_rate: float = 2e-6  # of AdamW, constant (paper, section 3.3)
+    warmup: int = 0  # optimiser steps in which the learning rate rises to its value
     kl_coef: float = 0.0  # beta; above 0 a reference model is loaded (0 for Qwen, 1e-4 for Llama)
     kl_mode: Literal["reward", "k2", "k3"] = "reward"  # k1 in the reward, or k2 / k3 as a loss
     clip_eps: float = 0.2  # clip range of the ratio
+    clip_eps_high: float | None = None  # its upper end (DAPO: 0.28); None: clip_eps
+    mask_truncated: bool = False  # no gradient from episodes without tokens left or a real query
     sampler_clip: float = 2.0  # sampler correction within [1/c, c]; 0 switches it off
+    sampler_mask: float = 0.0  # no gradient from sequences whose mean ratio leaves [1/c, c]; 0 off
     temperature: float = 1.0  # of sampling, applied to the trainer's logits too (paper)
     max_searches: int = 8  # queries per episode (paper)
     documents_per_search: int = 3  # passages per query (official code)
@@ -51,6 +55,8 @@ class Config:
     gpu_memory_utilization: float = 0.5  # the engine's share of the GPU while it is awake
     save_every: int = 10  # rollout batches between checkpoints; 0 only at the end
     eval_every: int = 0  # rollout batches between evaluations on --eval_questions; 0 never
+    stop_on_collapse: float = 0.0  # end if log_prob_right stays so much below its best; 0 never
+    collapse_evaluations: int = 2  # for so many evaluations in a row
 
 
 LLAMA = {"model": "meta-llama/Llama-3.1-8B-Instruct", "prompt_file": "chat", "kl_coef": 1e-4}
@@ -143,16 +149,19 @@ def check(config: Config) -> None:
         ValueError: names the flag and the values that it takes.
     """
     for field in fields(Config):
-        least = 0 if field.name in ("save_every", "eval_every") else 1
+        least = 0 if field.name in ("save_every", "eval_every", "warmup") else 1
         if field.type is int and field.name != "seed" and getattr(config, field.name) < least:
             raise ValueError(f"--{field.name} must be at least {least}")
-    for name in ("learning_rate", "temperature", "clip_eps"):
-        if getattr(config, name) <= 0:
+    for name in ("learning_rate", "temperature", "clip_eps", "clip_eps_high"):
+        value = getattr(config, name)
+        if value is not None and value <= 0:
             raise ValueError(f"--{name} must be above 0")
-    if config.kl_coef < 0:
-        raise ValueError("--kl_coef must be at least 0")
-    if 0 != config.sampler_clip < 1:
-        raise ValueError("--sampler_clip must be 0 (off) or at least 1")
+    for name in ("kl_coef", "stop_on_collapse"):
+        if getattr(config, name) < 0:
+            raise ValueError(f"--{name} must be at least 0")
+    for name in ("sampler_clip", "sampler_mask"):
+        if 0 != getattr(config, name) < 1:
+            raise ValueError(f"--{name} must be 0 (off) or at least 1")
     if config.samples_per_prompt == 1 and config.algorithm != "reinforce++":
         raise ValueError(
             f"--algorithm {config.algorithm} compares the samples of a prompt: "
@@ -162,3 +171,5 @@ def check(config: Config) -> None:
         raise ValueError("--updates_per_rollout must be at most --prompts_per_step")
     if config.eval_every and not config.eval_questions:
         raise ValueError("--eval_every needs --eval_questions")
+    if config.stop_on_collapse and not config.eval_every:
+        raise ValueError("--stop_on_collapse needs --eval_every")

@@ -5,8 +5,9 @@
     python evaluate.py judge DIR/transcripts.jsonl --base_url http://127.0.0.1:8000/v1 --model NAME
 
 `run` uses the loop, the prompt and the rules of training (the official code has other prompts,
-stops and caps in training than in evaluation). Every question of every file is answered and counted
-once; decoding is greedy by default. `run` and `judge` may be killed: the same command goes on.
+stops and caps in training than in evaluation); `--mode` has baselines without the loop. Every
+question of every file is answered and counted once; decoding is greedy by default. `run` and
+`judge` may be killed: the same command goes on.
 """
 
 import asyncio
@@ -15,11 +16,11 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from tqdm import tqdm
@@ -52,10 +53,12 @@ from records import (
     write_jsonl,
     write_text,
 )
-from reward import METRICS, best, contiguous_match
+from reward import METRICS, PROMPTS, best, contiguous_match
 
 # Raise the version when the same model would get other numbers.
 PROTOCOL_VERSION = 4
+# Searches of a question in the modes that are no loop.
+MAX_SEARCHES = {"single": 1, "closed_book": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,9 +67,34 @@ class Evaluation(Inference):
 
     questions: list[str]  # question files (JSONL)
     out: Path  # folder for transcripts.jsonl and metrics.json
+    # search: the loop of training, in which the model asks
+    # single: one search, for the question itself, then the answer
+    # closed_book: no search; nothing is retrieved
+    mode: Literal["search", "single", "closed_book"] = "search"
+    retriever: str | None = None  # as in training; a closed book has none
     limit: int = 0  # answer only the first so many questions of each file; 0 is all
     documents_per_search: int = 5  # passages per query (official code; in training 3)
     temperature: float = 0.0  # of sampling; 0 is greedy
+
+
+def apply_mode(evaluation: Evaluation) -> Evaluation:
+    """Set what the mode decides: searches, built-in prompt, no retriever for a closed book.
+
+    Raises:
+        ValueError: the mode searches and there is no retriever.
+    """
+    mode = evaluation.mode
+    if mode != "closed_book" and evaluation.retriever is None:
+        raise ValueError(f"--mode {mode} needs --retriever")
+    if mode == "search":
+        return evaluation
+    variant = f"{evaluation.prompt_file}_{mode}"
+    return replace(
+        evaluation,
+        max_searches=MAX_SEARCHES[mode],
+        prompt_file=variant if variant in PROMPTS else evaluation.prompt_file,
+        retriever=None if mode == "closed_book" else evaluation.retriever,
+    )
 
 
 # --------------------------------------------------------------------------------------------------
@@ -137,7 +165,9 @@ def answer_remaining(evaluation: Evaluation, questions: list[dict], journal: Jou
     remaining = [question for question in questions if question_key(question) not in finished]
     if remaining:
         rollout, encode = open_rollout(evaluation)
-        answered = answer_questions(rollout, encode, remaining, evaluation.seed)
+        answered = answer_questions(
+            rollout, encode, remaining, evaluation.seed, search_first=evaluation.mode == "single"
+        )
         for record in tqdm(answered, "evaluate", len(questions), initial=len(finished)):
             journal.append(record)
             finished[question_key(record)] = record
@@ -182,6 +212,7 @@ def read_results(folders: list[Path]) -> dict[str, dict]:
 
 def run(evaluation: Annotated[Evaluation, tyro.conf.arg(name="")]) -> None:
     """Answer question files and score the answers; a finished evaluation is only shown."""
+    evaluation = apply_mode(evaluation)
     questions = read_question_files(evaluation.questions, evaluation.limit)
     protocol = describe_protocol(evaluation)
     out = evaluation.out
@@ -190,7 +221,8 @@ def run(evaluation: Annotated[Evaluation, tyro.conf.arg(name="")]) -> None:
     metrics_file = out / "metrics.json"
     if metrics_file.exists():
         # The software may differ: showing finished numbers claims nothing about today's software.
-        saved = read_metrics(metrics_file)["protocol"]
+        # The protocol of an evaluation from before there were modes names none.
+        saved = {"mode": "search"} | read_metrics(metrics_file)["protocol"]
         refuse_changed_settings(metrics_file, saved, protocol, "change --out", {"software"})
         print(f"{out}: evaluated already")
     else:

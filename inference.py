@@ -44,11 +44,14 @@ def model_fingerprint(model: str) -> str:
 def describe_inputs(options: Inference) -> dict[str, str | None]:
     """Fingerprints of model, retriever and prompt, of which the options hold only the names."""
     prompt = json.dumps(load_prompt(options.prompt_file))
-    return {
+    inputs = {
         "model_fingerprint": model_fingerprint(options.model),
-        "retriever_fingerprint": retriever_fingerprint(options.retriever),
+        "retriever_fingerprint": None,
         "prompt_fingerprint": hashlib.sha256(prompt.encode()).hexdigest(),
     }
+    if options.retriever is not None:
+        inputs["retriever_fingerprint"] = retriever_fingerprint(options.retriever)
+    return inputs
 
 
 def open_rollout(options: Inference) -> tuple[Rollout, Callable[[str], list[int]]]:
@@ -59,7 +62,9 @@ def open_rollout(options: Inference) -> tuple[Rollout, Callable[[str], list[int]
     import torch
     from transformers import AutoTokenizer
 
-    search = open_retriever(options.retriever).search
+    search = None  # nothing is searched without a retriever
+    if options.retriever is not None:
+        search = open_retriever(options.retriever).search
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     # The encoder refuses a bad prompt before the engine loads.
     encode = prompt_encoder(tokenizer, load_prompt(options.prompt_file))
@@ -81,18 +86,23 @@ def answer_questions(
     questions: list[dict],
     seed: int = 0,
     reward: str = "stage2",
+    search_first: bool = False,
 ) -> Iterator[dict]:
     """Roll the questions out; yield the `episode_record` of each as its episode finishes.
 
     Args:
         encode: from question to prompt ids.
         reward: a name in `reward.REWARDS`.
+        search_first: begin each episode with the results of a search for the question.
     """
-    episodes = (
-        Episode(q, encode(q["question"]), seed=derive_seed(seed, *question_key(q)))
-        for q in questions
-    )
-    for episode in rollout.run(episodes):
+
+    def make_episode(question: dict) -> Episode:
+        text = question["question"]
+        queries = [text] if search_first else []
+        episode_seed = derive_seed(seed, *question_key(question))
+        return Episode(question, encode(text), episode_seed, queries=queries)
+
+    for episode in rollout.run(map(make_episode, questions)):
         answers = episode.question["answers"]
         episode.rewards = score_episode(episode.segments, episode.answered, answers, reward)
         yield episode_record(episode)

@@ -16,6 +16,7 @@ COLUMNS = """
     n em f1 acc_r acc_r_contiguous acc_l search_rate searches format_rate truncated_rate
     search_failed_rate
 """.split()
+LENGTH_PERCENTILES = (50, 90, 99)
 COUNT_FORMATS = {"n": ".0f", "searches": ".2f"}  # all other columns are shares
 
 
@@ -57,12 +58,20 @@ def summarize(records: list[dict]) -> dict[str, float]:
     """Metrics that training logs of its episodes and of its evaluations.
 
     Failed searches are a share of the queries here, `search_failures`, not of the questions.
+    Reward and F1 are given for each dataset too.
     """
     metrics = {"n": len(records)} | mean_metrics([record_metrics(record) for record in records])
     del metrics["search_failed_rate"]
     failures = sum(record["search_failures"] for record in records)
     queries = sum(record["searches"] for record in records)
     metrics["search_failures"] = failures / max(1, queries)
+    lengths = [record["response_len"] for record in records]
+    for percent in LENGTH_PERCENTILES:
+        metrics[f"response_len_p{percent}"] = float(np.percentile(lengths, percent))
+    for dataset in sorted({record["dataset"] for record in records}):
+        own = [record for record in records if record["dataset"] == dataset]
+        for name in ("reward", "f1"):
+            metrics[f"{name}_{dataset}"] = sum(record[name] for record in own) / len(own)
     return metrics
 
 

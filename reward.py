@@ -41,19 +41,32 @@ TAGS = Tags()
 # prompt; the other roles go through the tokenizer's chat template. Every prompt opens the `<think>`
 # that the policy has to close.
 
-_INSTRUCTIONS = f"""\
-Work out the answer to the question step by step, and write your reasoning between \
-{TAGS.think.opening} and {TAGS.think.closing}.
+_SEARCH_AT_WILL = f"""
 Whenever you lack a fact, ask a search engine for it inside your reasoning: write \
 {TAGS.query.opening} a few keywords {TAGS.query.closing} and stop. The results follow between \
 {TAGS.documents.opening} and {TAGS.documents.closing}. Ask for one fact at a time and search as \
-often as you need.
+often as you need."""
+_SEARCHED_ALREADY = f"""
+The results of a search for the question stand between {TAGS.documents.opening} and \
+{TAGS.documents.closing}."""
+
+
+def _make_prompts(suffix: str, about_searching: str) -> dict[str, list[tuple[str, str]]]:
+    """A completion prompt and a chat prompt; the suffix says for which mode of evaluate.py."""
+    instructions = f"""\
+Work out the answer to the question step by step, and write your reasoning between \
+{TAGS.think.opening} and {TAGS.think.closing}.{about_searching}
 When you know the answer, close your reasoning and write nothing but the answer itself, in a few \
 words, like this: {TAGS.think.closing} {TAGS.answer.opening} the answer {TAGS.answer.closing}"""
+    completion = f"{instructions}\n\nQuestion: {{question}}\n{TAGS.think.opening}"
+    turns = [("system", instructions), ("user", "{question}"), ("prefill", TAGS.think.opening)]
+    return {f"base{suffix}": [("text", completion)], f"chat{suffix}": turns}
 
-PROMPTS: dict[str, list[tuple[str, str]]] = {
-    "base": [("text", f"{_INSTRUCTIONS}\n\nQuestion: {{question}}\n{TAGS.think.opening}")],
-    "chat": [("system", _INSTRUCTIONS), ("user", "{question}"), ("prefill", TAGS.think.opening)],
+
+PROMPTS = {
+    **_make_prompts("", _SEARCH_AT_WILL),
+    **_make_prompts("_single", _SEARCHED_ALREADY),
+    **_make_prompts("_closed_book", ""),
 }
 
 

@@ -39,7 +39,9 @@ class Episode:
     # (prompt|policy|documents, text). The text of a turn ends with its closing tag; what the last
     # token holds behind the tag, as in `>.`, is in `token_ids` alone and is not judged.
     segments: list[tuple[str, str]] = field(default_factory=list)
-    queries: list[str] = field(default_factory=list)  # the queries that were asked, in order
+    # The queries that were asked, in order. The documents of a query that is given at the start
+    # follow the prompt.
+    queries: list[str] = field(default_factory=list)
     finish_reason: str = ""  # answer, eos, length, max_searches or bad_query; "" while it runs
     search_failures: int = 0  # queries that got an empty result because the retriever failed
     rewards: dict[str, Any] = field(default_factory=dict)  # the result of `reward.score_episode`
@@ -197,12 +199,16 @@ class Rollout:
         lookups: list[Lookup] = []
         last_key = engine_steps = 0
         while True:
-            # New episodes start, and those whose documents are due rejoin.
+            # New episodes start or ask, and those whose documents are due rejoin.
             searching = sum(len(lookup.episodes) for lookup in lookups)
             places = max_running - len(decoding) - len(asking) - searching
-            ready = list(islice(source, places))
-            for episode in ready:
+            ready = []
+            for episode in islice(source, places):
                 episode.add("prompt", episode.prompt_ids, self.tokenizer.decode(episode.prompt_ids))
+                if episode.queries:
+                    asking.append(episode)
+                else:
+                    ready.append(episode)
             for lookup in self._due(lookups, engine_steps, idle=not decoding and not ready):
                 lookups.remove(lookup)
                 ready += self._rejoin(lookup)
@@ -330,7 +336,7 @@ class Rollout:
         lines = [f"({n}){p['title']}   {p['text']}" for n, p in enumerate(passages, 1)]
         text = "\n" * missing_new_lines + f"{opening}\n" + "\n".join(lines or ["(no results)"])
         closing_ids = self._encode("\n" + closing)
-        room = self.limits.max_context - len(episode.token_ids)
+        room = max(0, self.limits.max_context - len(episode.token_ids))
         budget = max(0, min(self.limits.max_document_tokens, room) - len(closing_ids))
         ids = self._encode(text[: self._max_document_characters])[:budget] + closing_ids
         return ids[:room]

@@ -18,7 +18,6 @@ textbook in four points:
 
 import dataclasses
 import math
-import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,32 +26,33 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import Progress, RunFolder, export, load_checkpoint, save_checkpoint
+import signals
+from checkpoint import Progress, export, load_checkpoint, load_parameters, save_checkpoint
 from config import Config, parse_arguments
-from inference import answer_questions, describe_inputs, open_rollout
+from inference import describe_inputs
 from metrics import episode_record, summarize
+from packing import pack, plan_micro_batches
 from policy import (
     Policy,
     abort_process,
-    gather,
     load_policy,
     peak_memory_gib,
     refuse_unsupported,
-    release_memory,
     start_distributed,
     timed,
     whole_parameters,
 )
-from records import fingerprint, read_questions, user_errors
-from reinforce_pp import estimate_advantages, kl_estimate, pack, plan_micro_batches, policy_loss
+from records import fingerprint, user_errors
+from reinforce_pp import estimate_advantages, kl_estimate, policy_loss, sequence_ratio
 from reward import score_episode
-from rollout import Episode, derive_seed
+from rollout import Episode
+from run_folder import RunFolder
+from sampler import Sampler
 
 MAX_GRAD_NORM = 1.0  # OpenRLHF's default, which the official scripts keep
 ADAM_BETAS = (0.9, 0.95)  # OpenRLHF's default, which the official scripts keep
 MAX_CONSECUTIVE_SKIPPED = 3  # updates with a gradient that is not finite, after which the run stops
-MAX_SEARCH_FAILURES = 0.2  # share of a step's queries that may fail; with more the run stops
-MIN_SEARCHES = 20  # queries of which the share is taken: those of earlier steps count if need be
+BROKEN_OFF = ("length", "bad_query")  # finish reasons that --mask_truncated leaves out
 
 # --------------------------------------------------------------------------------------------------
 # The rollout batch
@@ -68,12 +68,18 @@ class Batch:
     episodes: list[Episode]
     rewards: Tensor  # (groups, samples), fp64
     action_mask: Tensor  # (B, T) bool
+    loss_mask: Tensor  # (B, T) bool: action_mask without the episodes that a switch leaves out
     sampler_log_probs: Tensor  # (B, T)
-    old_log_probs: Tensor | None = None  # (B, T); None: pi_old is the policy being trained
+    old_log_probs: Tensor  # (B, T)
+    on_policy: bool = True  # pi_old is the policy being trained; `backward` notes its log-probs
     ref_log_probs: Tensor | None = None  # (B, T); None without a reference model
     kl: Tensor | None = None  # (B, T), k1; None without a reference model
     advantages: Tensor | None = None  # (B, T)
     has_gradient: list[bool] | None = None  # (B,): false for episodes without any gradient
+
+    def with_loss(self) -> list[int]:
+        """Indices of the episodes that have a token in `loss_mask`."""
+        return self.loss_mask.any(1).nonzero().flatten().tolist()
 
 
 def make_batch(episodes: list[Episode], samples: int, device: torch.device) -> Batch:
@@ -85,93 +91,25 @@ def make_batch(episodes: list[Episode], samples: int, device: torch.device) -> B
         return torch.tensor(padded, dtype=dtype, device=device)
 
     rewards = [e.rewards["reward"] for e in episodes]
+    action_mask = pad([e.action_mask for e in episodes], torch.bool)
+    sampler_log_probs = pad([e.log_probs for e in episodes], torch.float32)
     return Batch(
         episodes,
         rewards=torch.tensor(rewards, dtype=torch.float64, device=device).view(-1, samples),
-        action_mask=pad([e.action_mask for e in episodes], torch.bool),
-        sampler_log_probs=pad([e.log_probs for e in episodes], torch.float32),
+        action_mask=action_mask,
+        loss_mask=action_mask.clone(),
+        sampler_log_probs=sampler_log_probs,
+        old_log_probs=torch.zeros_like(sampler_log_probs),
     )
-
-
-def questions_of_step(questions: list[dict], step: int, count: int, seed: int) -> list[dict]:
-    """`count` questions in a row from an endless sequence of shuffled passes over all of them."""
-    chosen, order = [], []
-    for position in range(step * count, (step + 1) * count):
-        epoch, place = divmod(position, len(questions))
-        if not order or place == 0:
-            order = list(questions)
-            random.Random(derive_seed(seed, epoch)).shuffle(order)
-        chosen.append(order[place])
-    return chosen
-
-
-class Sampler:
-    """The questions, the engine and the search of a run: everything that rolls out."""
-
-    def __init__(self, config: Config):
-        self.config = config
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.questions = read_questions(config.questions)
-        self.eval_questions = read_questions(config.eval_questions) if config.eval_every else []
-        self.rollout, self.encode = open_rollout(config)
-        self.failed_searches: list[bool] = []  # of the last queries, whether each one failed
-        self.engine = self.rollout.engine
-        self.engine.sleep()
-
-    def sync_weights(self, policy: Policy) -> None:
-        """Wake the engine with the policy's present weights."""
-        release_memory()
-        self.engine.wake_up()
-        self.engine.load_weights(whole_parameters(policy))
-
-    def roll_out(self, step: int) -> list[Episode]:
-        """The step's episodes of all ranks, `samples_per_prompt` in a row for each question."""
-        config, samples = self.config, self.config.samples_per_prompt
-        questions = questions_of_step(self.questions, step, config.prompts_per_step, config.seed)
-        mine = []
-        for number in range(self.rank, len(questions), self.world):
-            prompt_ids = self.encode(questions[number]["question"])
-            for sample in range(samples):
-                seed = derive_seed(config.seed, step, number, sample)
-                mine.append(Episode(questions[number], prompt_ids, seed))
-        finished = self.rollout.run(mine)
-        quiet = self.rank > 0
-        for _ in tqdm(finished, "rollout", len(mine), unit="episode", leave=False, disable=quiet):
-            pass  # `mine` holds the episodes, in order
-        shares = gather(mine)
-        episodes = []
-        for number in range(len(questions)):
-            start = number // self.world * samples
-            episodes += shares[number % self.world][start : start + samples]
-        return episodes
-
-    def stop_if_searches_fail(self, episodes: list[Episode]) -> None:
-        """Raises RuntimeError with the retriever's message if too many queries failed."""
-        recent = self.failed_searches
-        for e in episodes:
-            recent += [True] * e.search_failures + [False] * e.answered
-        considered = max(sum(len(e.queries) for e in episodes), MIN_SEARCHES)
-        del recent[:-considered]
-        if sum(recent) > MAX_SEARCH_FAILURES * considered:
-            errors = [error for [error] in gather([self.rollout.search_error]) if error]
-            raise RuntimeError(f"{sum(recent)} of {len(recent)} searches failed: {errors[0]}")
-
-    def evaluate(self) -> dict[str, float]:
-        """Metrics of greedy answers to the held-out questions, each rank's share of them."""
-        sampling = self.rollout.limits
-        mine = self.eval_questions[self.rank :: self.world]
-        reward = self.config.reward
-        self.rollout.limits = dataclasses.replace(sampling, temperature=0.0)
-        try:
-            answered = list(answer_questions(self.rollout, self.encode, mine, reward=reward))
-        finally:
-            self.rollout.limits = sampling
-        records = [record for share in gather(answered) for record in share]
-        return {f"eval_{name}": value for name, value in summarize(records).items()}
 
 
 # --------------------------------------------------------------------------------------------------
 # Updating the policy
+
+
+def learning_rate(config: Config, updates: int) -> float:
+    """Of the update that follows so many; it rises linearly over the first `warmup` updates."""
+    return config.learning_rate * min(1.0, (updates + 1) / max(1, config.warmup))
 
 
 class Trainer:
@@ -235,106 +173,144 @@ class Trainer:
         dist.all_reduce(result)
         return result
 
-    def compute_advantages(self, batch: Batch) -> None:
+    def compute_advantages(self, batch: Batch) -> dict[str, float]:
         """Fill in the advantages, and the log-probabilities that they and the loss need.
 
-        With one update per rollout and no reference model, pi_old is the very policy that is being
-        trained, so that no extra forward pass is needed.
+        With one update per rollout, no reference model and no `sampler_mask`, pi_old is the very
+        policy that is being trained, so that no extra forward pass is needed.
+
+        Returns:
+            signals of the batch, identical on every rank.
         """
         config = self.config
-        everyone = batch.action_mask.any(1).nonzero().flatten().tolist()  # who sampled a token
+        metrics = {}
+        if config.mask_truncated:
+            broken_off = [e.finish_reason in BROKEN_OFF for e in batch.episodes]
+            batch.loss_mask[broken_off] = False
+        if self.reference is not None or config.sampler_mask:
+            batch.on_policy = False
+            batch.old_log_probs = self.log_probs(self.policy, batch, batch.with_loss())
+        if config.sampler_mask:
+            ratio = sequence_ratio(batch.old_log_probs, batch.sampler_log_probs, batch.loss_mask)
+            is_far = (ratio < 1 / config.sampler_mask) | (ratio > config.sampler_mask)
+            batch.loss_mask[is_far] = False
+            metrics["sampler_mask_frac"] = is_far.double().mean().item()
         if self.reference is not None:
-            batch.old_log_probs = self.log_probs(self.policy, batch, everyone)
-            batch.ref_log_probs = self.log_probs(self.reference, batch, everyone)
+            batch.ref_log_probs = self.log_probs(self.reference, batch, batch.with_loss())
             batch.kl = kl_estimate(batch.old_log_probs, batch.ref_log_probs, "k1")
         kl_in_reward = batch.kl if config.kl_mode == "reward" else None
         batch.advantages = estimate_advantages(
-            config.algorithm, batch.rewards, batch.action_mask, kl_in_reward, config.kl_coef
+            config.algorithm, batch.rewards, batch.loss_mask, kl_in_reward, config.kl_coef
         )
-        needed = batch.action_mask if self.reference is not None else batch.advantages != 0
+        needed = batch.loss_mask if self.reference is not None else batch.advantages != 0
         batch.has_gradient = needed.any(1).tolist()
-        if batch.old_log_probs is None and config.updates_per_rollout > 1:
-            chosen = [i for i in everyone if batch.has_gradient[i]]
+        if batch.on_policy and config.updates_per_rollout > 1:
+            batch.on_policy = False
+            chosen = [i for i in batch.with_loss() if batch.has_gradient[i]]
             batch.old_log_probs = self.log_probs(self.policy, batch, chosen)
+        return metrics | signals.of_advantages(batch.rewards, batch.advantages, batch.loss_mask)
 
     def backward(self, batch: Batch, chosen: list[int]) -> Tensor:
         """Accumulate the gradient of Eq. 8 over the chosen episodes, those of an optimiser step.
 
         Returns:
-            (4,), sums over this rank's tokens: clipped, |log pi_old - log pi_sampler|, kl, 1.
+            number of this rank's tokens where the clip decided.
         """
-        config, totals = self.config, torch.zeros(4, device=self.device)
+        config, all_clipped = self.config, torch.zeros((), device=self.device)
         # On all ranks, and with the tokens of episodes that add nothing to the gradient.
-        action_tokens = batch.action_mask[chosen].sum().clamp(min=1)
+        action_tokens = batch.loss_mask[chosen].sum().clamp(min=1)
         plan = self.plan(batch, [i for i in chosen if batch.has_gradient[i]])
         for rows in tqdm(plan, "train", unit="micro-batch", leave=False, disable=self.rank > 0):
             log_probs, index = self.forward(self.policy, batch, rows)
-            old = log_probs.detach() if batch.old_log_probs is None else batch.old_log_probs[index]
+            if batch.on_policy:
+                batch.old_log_probs[index] = log_probs.detach()
+            old = batch.old_log_probs[index]
             sampler_log_probs = batch.sampler_log_probs[index]
             loss, clipped = policy_loss(
                 log_probs,
                 old,
                 batch.advantages[index],
                 config.clip_eps,
+                config.clip_eps if config.clip_eps_high is None else config.clip_eps_high,
                 sampler_log_probs if config.sampler_clip else None,
                 config.sampler_clip,
             )
-            kl = torch.zeros_like(old)
-            if batch.kl is not None:
-                kl = batch.kl[index]
-                if config.kl_mode != "reward":
-                    estimate = kl_estimate(log_probs, batch.ref_log_probs[index], config.kl_mode)
-                    loss = loss + config.kl_coef * estimate
+            if batch.kl is not None and config.kl_mode != "reward":
+                estimate = kl_estimate(log_probs, batch.ref_log_probs[index], config.kl_mode)
+                loss = loss + config.kl_coef * estimate
             # FSDP averages gradients over the ranks, and Eq. 8 is a sum over all of them.
             (loss.sum() / action_tokens * self.world).backward()
-            gap = (old - sampler_log_probs).abs()
-            tokens = torch.ones_like(old)
-            totals += torch.stack([clipped.sum(), gap.sum(), kl.sum(), tokens.sum()])
-        return totals
+            all_clipped += clipped.sum()
+        return all_clipped
 
-    def update(self, batch: Batch, consecutive_skipped: int = 0) -> dict[str, float]:
+    def update(self, batch: Batch, progress: Progress) -> dict[str, float]:
         """`updates_per_rollout` optimiser steps on one batch; metrics, identical on every rank.
 
         A gradient that is not finite skips its update on all ranks and is counted. After
         MAX_CONSECUTIVE_SKIPPED in a row no further update is tried.
         """
-        groups, samples = batch.rewards.shape
+        config, (groups, samples) = self.config, batch.rewards.shape
         updates = skipped = 0
+        consecutive_skipped = progress.consecutive_skipped
         grad_norms = 0.0
-        totals = torch.zeros(4, device=self.device)
-        for number in range(self.config.updates_per_rollout):
+        clipped = torch.zeros((), device=self.device)
+        is_trained = torch.zeros_like(batch.loss_mask)
+        for number in range(config.updates_per_rollout):
             # Every n-th group: the order of the batch is random already.
-            members = range(number, groups, self.config.updates_per_rollout)
+            members = range(number, groups, config.updates_per_rollout)
             chosen = [group * samples + sample for group in members for sample in range(samples)]
             if consecutive_skipped == MAX_CONSECUTIVE_SKIPPED:
                 break
-            if not any(batch.has_gradient[i] for i in chosen):
+            with_gradient = [i for i in chosen if batch.has_gradient[i]]
+            if not with_gradient:
                 continue
-            sums = self.backward(batch, chosen)
-            grad_norm = nn.utils.clip_grad_norm_(self.policy.parameters(), MAX_GRAD_NORM)
-            grad_norm = grad_norm.full_tensor().item()
+            clipped_now = self.backward(batch, chosen)
+            grad_norm = self.step(learning_rate(config, progress.updates + updates))
             if math.isfinite(grad_norm):
-                self.optimizer.step()
-                totals += sums
+                clipped += clipped_now
+                is_trained[with_gradient] = batch.loss_mask[with_gradient]
                 grad_norms += grad_norm
                 updates += 1
                 consecutive_skipped = 0
             else:
                 skipped += 1
                 consecutive_skipped += 1
-            self.optimizer.zero_grad(set_to_none=True)
-        dist.all_reduce(totals)
-        clip_frac, sampler_gap, kl, _ = (totals / totals[3].clamp(min=1)).tolist()
-        return {
+        dist.all_reduce(clipped)
+        if batch.on_policy:
+            dist.all_reduce(batch.old_log_probs)
+        metrics = {
             "updates": updates,
             "skipped_updates": skipped,
             "consecutive_skipped": consecutive_skipped,
-            "grad_norm": grad_norms / max(updates, 1),
-            "clip_frac": clip_frac,
-            "sampler_gap": sampler_gap,
-            "kl": kl,
-            "trained_tokens": int(totals[3]),
+            "trained_tokens": int(is_trained.sum()),
         }
+        if updates:
+            metrics["grad_norm"] = grad_norms / updates
+            metrics["clip_frac"] = clipped.item() / metrics["trained_tokens"]
+            if batch.kl is not None:
+                metrics["kl"] = batch.kl[is_trained].mean().item()
+            log_ratio = (batch.old_log_probs - batch.sampler_log_probs)[is_trained]
+            metrics |= signals.of_sampler(log_ratio, config.sampler_clip)
+        return metrics
+
+    def step(self, learning_rate: float) -> float:
+        """An optimiser step; the gradient's norm. One that is not finite changes no parameter."""
+        norm = nn.utils.clip_grad_norm_(self.policy.parameters(), MAX_GRAD_NORM)
+        norm = norm.full_tensor().item()
+        if math.isfinite(norm):
+            for group in self.optimizer.param_groups:
+                group["lr"] = learning_rate
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def log_prob_right(self, probe: list[dict]) -> dict[str, float]:
+        """Mean log-probability a token of the probe under the policy, once the probe is whole."""
+        if len(probe) < signals.PROBE_SIZE:
+            return {}
+        batch = make_batch([Episode(**record) for record in probe], 1, self.device)
+        log_probs = self.log_probs(self.policy, batch, batch.with_loss())
+        return {"log_prob_right": log_probs[batch.action_mask].mean().item()}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -348,6 +324,8 @@ def train(config: Config, out: Path, resume: bool = False, logger: str | None = 
     if dist.get_rank() == 0:
         settings |= describe_inputs(config)
         settings["questions_fingerprint"] = fingerprint(config.questions)
+        if config.eval_questions:
+            settings["eval_questions_fingerprint"] = fingerprint(config.eval_questions)
     run = RunFolder(out, settings, logger)
     with run.lock(resume):
         checkpoint, progress, finished = run.find_progress(resume)
@@ -366,59 +344,77 @@ def train(config: Config, out: Path, resume: bool = False, logger: str | None = 
         run.begin(progress.step)
         left = range(progress.step, config.steps)
         for _ in tqdm(left, "steps", config.steps, initial=progress.step, disable=trainer.rank > 0):
+            drop, count = config.stop_on_collapse, config.collapse_evaluations
+            collapse = signals.find_collapse(progress.evaluations, drop, count)
+            if collapse:
+                run.print_rank0(f"stopped: {collapse}; use {out / 'model-best'}")
+                break
             progress = iterate(sampler, trainer, run, progress)
-        export(policy.lm, whole_parameters(policy), config.model, out / "model", config.steps)
-    run.print_rank0(f"model: {out / 'model'}\nmetrics: {out / 'metrics.jsonl'}")
+        export_models(trainer, run, progress)
+
+
+def export_models(trainer: Trainer, run: RunFolder, progress: Progress) -> None:
+    """Export the model of the last step, and the one with the best evaluation."""
+    policy, source = trainer.policy, trainer.config.model
+    out = run.path / "model"
+    export(policy.lm, whole_parameters(policy), source, out, progress.step)
+    run.print_rank0(f"metrics: {run.path / 'metrics.jsonl'}\nmodel: {out}")
+    best = signals.best_evaluation(progress.evaluations)
+    if best is not None:
+        out = run.path / "model-best"
+        load_parameters(run.path / "checkpoints", best["step"], policy, trainer.optimizer)
+        export(policy.lm, whole_parameters(policy), source, out, best["step"])
+        run.print_rank0(f"best model: {out}, step {best['step']}, reward {best['eval_reward']:.3f}")
 
 
 def iterate(sampler: Sampler, trainer: Trainer, run: RunFolder, progress: Progress) -> Progress:
     """One iteration of a run that is as far as `progress`; returns how far it is then."""
-    config, step = trainer.config, progress.step
-    seconds: dict[str, float] = {}
+    config, step = trainer.config, progress.step + 1
+    metrics: dict[str, float] = {"step": step}
 
     # Hand the policy's weights to the engine.
-    with timed(seconds, "sync"):
+    with timed(metrics, "sync"):
         sampler.sync_weights(trainer.policy)
 
     # Roll out: questions times samples, with searches in them.
-    with timed(seconds, "rollout"):
-        episodes = sampler.roll_out(step)
+    with timed(metrics, "rollout"):
+        episodes = sampler.roll_out(progress.step)
 
     # Score what the policy wrote.
     for e in episodes:
         e.rewards = score_episode(e.segments, e.answered, e.question["answers"], config.reward)
-    metrics = {"step": step + 1} | summarize([episode_record(e) for e in episodes])
+    metrics |= summarize([episode_record(e) for e in episodes])
+    metrics |= signals.of_episodes(episodes)
     sampler.stop_if_searches_fail(episodes)
-    if config.eval_every and step % config.eval_every == 0:
-        with timed(seconds, "eval"):
-            metrics |= sampler.evaluate()
-    sampler.engine.sleep()
 
     # Advantages from rewards (Eqs. 1 to 5), then optimiser steps (Eqs. 6 to 8).
-    with timed(seconds, "train"):
+    with timed(metrics, "train"):
         batch = make_batch(episodes, config.samples_per_prompt, trainer.device)
-        trainer.compute_advantages(batch)
-        metrics |= trainer.update(batch, progress.consecutive_skipped)
+        metrics |= trainer.compute_advantages(batch)
+        metrics |= trainer.update(batch, progress)
+
+    # Evaluate the policy that the updates have made.
+    probe = signals.extend_probe(progress.probe, episodes)
+    is_evaluated = config.eval_every and step % config.eval_every == 0
+    if is_evaluated:
+        with timed(metrics, "eval"):
+            metrics |= sampler.evaluate(trainer.policy)
+            metrics |= trainer.log_prob_right(probe)
+    progress = progress.after_step(metrics, probe)
 
     # Log.
-    sampled = sum(sum(e.action_mask) for e in episodes)
-    metrics["rollout_tokens_per_second"] = sampled / seconds["seconds_rollout"]
-    metrics["train_tokens_per_second"] = metrics["trained_tokens"] / seconds["seconds_train"]
-    metrics |= {"peak_memory_gib": peak_memory_gib()} | seconds
-    first_group = episodes[: config.samples_per_prompt]
-    run.log(metrics, [{"step": step + 1} | dataclasses.asdict(e) for e in first_group])
-    shown = ("reward", "search_rate", "format_rate", "f1", "grad_norm")
-    values = "  ".join(f"{name} {metrics[name]:.3f}" for name in shown)
-    run.print_rank0(f"step {step + 1:4d}  {values}")
+    sampled_tokens = batch.action_mask.sum().item()
+    metrics["rollout_tokens_per_second"] = sampled_tokens / metrics["seconds_rollout"]
+    metrics["train_tokens_per_second"] = metrics["trained_tokens"] / metrics["seconds_train"]
+    metrics["peak_memory_gib"] = peak_memory_gib()
+    run.log(metrics, episodes[: config.samples_per_prompt])
 
     # Checkpoint, unless the run has to stop.
-    skipped = metrics["consecutive_skipped"]
-    if skipped == MAX_CONSECUTIVE_SKIPPED:
-        reason = f"{skipped} updates in a row had no finite gradient; lower --learning_rate"
-        raise RuntimeError(f"step {step + 1}: {reason}")
-    progress = Progress(step + 1, progress.updates + metrics["updates"], skipped)
-    is_due = config.save_every and progress.step % config.save_every == 0
-    if progress.step == config.steps or is_due:
+    if progress.consecutive_skipped == MAX_CONSECUTIVE_SKIPPED:
+        reason = "updates in a row had no finite gradient; lower --learning_rate"
+        raise RuntimeError(f"step {step}: {MAX_CONSECUTIVE_SKIPPED} {reason}")
+    is_due = config.save_every and step % config.save_every == 0
+    if step == config.steps or is_due or is_evaluated:
         save_checkpoint(run.path / "checkpoints", trainer.policy, trainer.optimizer, progress)
     return progress
 

@@ -33,7 +33,8 @@ import policy
 from benchmarks.log_probs import straightforward
 from benchmarks.measure import show
 from config import PRESETS, Config
-from reinforce_pp import pack, policy_loss
+from packing import pack
+from reinforce_pp import policy_loss
 from train import MAX_GRAD_NORM, Trainer
 
 CARD = 80e9  # bytes
@@ -85,7 +86,9 @@ def training(
         log_probs = trainer.policy(**inputs, temperature=config.temperature)
         old = log_probs.detach()
         ones = torch.ones_like(old)
-        loss, _ = policy_loss(log_probs, old, ones, config.clip_eps, old, config.sampler_clip)
+        loss, _ = policy_loss(
+            log_probs, old, ones, sampler_log_probs=old, sampler_clip=config.sampler_clip
+        )
         (loss.sum() / len(old)).backward()
         update()
 

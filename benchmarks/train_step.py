@@ -24,11 +24,13 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import reinforce_pp
+import packing
 from benchmarks.measure import compare, show, take_turns
+from checkpoint import Progress
 from config import PRESETS, Config
+from packing import pack, plan_micro_batches
 from policy import load_policy, peak_memory_gib, start_distributed
-from reinforce_pp import pack, plan_micro_batches, token_log_probs
+from reinforce_pp import token_log_probs
 from rollout import Episode
 from train import Trainer, make_batch
 
@@ -68,11 +70,11 @@ class Workload:
         samples = self.config.samples_per_prompt
         batch = make_batch(self.episodes, samples, self.trainer.device)
         self.trainer.compute_advantages(batch)
-        self.trainer.update(batch)
+        self.trainer.update(batch, Progress())
         return self.tokens
 
     def unshared(self) -> int:
-        with patch.object(reinforce_pp, "MAX_SHARED_ROW", 0):
+        with patch.object(packing, "MAX_SHARED_ROW", 0):
             return self.step()
 
     def bare(self) -> int:
@@ -110,7 +112,7 @@ class Workload:
 
     def facts(self) -> dict[str, float]:
         padded, plain = self.computed()
-        with patch.object(reinforce_pp, "MAX_SHARED_ROW", 0):
+        with patch.object(packing, "MAX_SHARED_ROW", 0):
             padded_unshared, plain_unshared = self.computed()
         part = take_turns({"bare": self.bare, "head": self.head}, 1)
         return {

@@ -96,12 +96,13 @@ def words(queries, k):
 def play(tokenizer):
     """Roll out one episode against a script; returns (episode, engine)."""
 
-    def run(script, search=words, **limits):
+    def run(script, search=words, queries=(), **limits):
         engine = ScriptedEngine(tokenizer, script)
         limits = Limits(**{"max_context": 4000, **limits})
         rollout = Rollout(engine, tokenizer, search, TAGS, limits, deterministic=True)
         question = {"id": "0", "question": "q", "answers": ["a"]}
-        episode = Episode(question, tokenizer.encode("Question: q\n<think>"))
+        prompt_ids = tokenizer.encode("Question: q\n<think>")
+        episode = Episode(question, prompt_ids, queries=list(queries))
         (finished,) = rollout.run([episode])
         assert finished is episode
         return episode, engine

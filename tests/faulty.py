@@ -23,6 +23,7 @@ from transformers import PreTrainedConfig
 
 import checkpoint
 import records
+import run_folder
 import train
 from policy import abort_process
 from rollout import Rollout
@@ -62,7 +63,7 @@ POINTS = {
     "gather": Point(train, "gather"),
     "backward": Point(train.Trainer, "backward"),
     "update": Point(train.nn.utils, "clip_grad_norm_"),
-    "log": Point(checkpoint.RunFolder, "log"),
+    "log": Point(run_folder.RunFolder, "log"),
     "checkpoint begins": Point(train, "save_checkpoint"),
     "shard written": Point(checkpoint, "as_bytes"),  # tensor by tensor
     "checkpoint written": Point(checkpoint, "fingerprint", of_partial_checkpoint),

@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch.distributed as dist
 
-import reinforce_pp
+import packing
 import train
+from checkpoint import Progress
 from config import Config
 from policy import gather, load_policy, start_distributed
 from rollout import Episode
@@ -53,7 +54,7 @@ def update_with_nan_on_rank_1(trainer: train.Trainer, batch: train.Batch, out: s
     if dist.get_rank() == 1:
         train.policy_loss = lambda *args: (plain(*args)[0] * math.nan, plain(*args)[1])
     trainer.compute_advantages(batch)
-    metrics = trainer.update(batch)
+    metrics = trainer.update(batch, Progress())
     pairs = zip(before, parameters, strict=True)
     metrics["changed"] = any(not torch.equal(old, p.to_local()) for old, p in pairs)
     found = [each for share in gather([metrics]) for each in share]
@@ -77,7 +78,7 @@ def main(model: str, out: str, case: str) -> None:
     groups, budget = 3, 110
     if case == "one":  # micro-batch, of plain rows
         groups, budget = 1, 4096
-        reinforce_pp.MAX_SHARED_ROW = 0
+        packing.MAX_SHARED_ROW = 0
     config = Config(
         model=model,
         samples_per_prompt=3,

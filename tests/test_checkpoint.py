@@ -1,7 +1,6 @@
-"""The run folder: resume bit for bit, damaged checkpoints, kills, full disks, locks."""
+"""Checkpoints and export: shards, damage, kills, full disks."""
 
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -17,136 +16,22 @@ import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
-from tiny import command, equal_states, metrics_of, state_of, torchrun
+from tiny import (
+    checkpoint_names,
+    command,
+    equal_states,
+    metrics_of,
+    model_of,
+    state_of,
+    steps,
+    torchrun,
+)
 from torch import nn
 
 import checkpoint
 import train
 
 HERE = Path(__file__).parent
-
-
-def steps(config, count):
-    return dataclasses.replace(config, steps=count)
-
-
-def model_of(run) -> bytes:
-    return Path(run, "model/model.safetensors").read_bytes()
-
-
-def checkpoint_names(run="a") -> list[str]:
-    return sorted(path.name for path in Path(run, "checkpoints").iterdir())
-
-
-# --------------------------------------------------------------------------------------------------
-# Resume
-
-
-def test_two_identical_runs_give_identical_numbers_and_resume_continues_them(world, monkeypatch):
-    train.train(world, Path("a"))
-    train.train(world, Path("b"))
-    assert metrics_of("a") == metrics_of("b") and len(metrics_of("a")) == 3
-    assert any(row["grad_norm"] > 0 for row in metrics_of("a"))
-
-    train.train(steps(world, 1), Path("c"))
-    with open("c/metrics.jsonl", "a") as log:  # a step after the checkpoint, and a torn line
-        log.write('{"step": 2, "reward": 99}\n{"step": 3, "rew')
-    train.train(world, Path("c"), resume=True)
-    assert metrics_of("c") == metrics_of("a")
-    assert model_of("a") == model_of("c")
-
-    monkeypatch.setattr(train, "Sampler", None)  # a finished run ends at once
-    train.train(world, Path("a"), resume=True)
-
-
-def test_a_run_folder_is_never_overwritten(world):
-    train.train(steps(world, 1), Path("a"))
-    before = Path("a/metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match="--resume"):
-        train.train(world, Path("a"))
-    with pytest.raises(ValueError, match=r"a/config\.json: begun with clip_eps 0\.2, not 0\.5"):
-        train.train(dataclasses.replace(world, clip_eps=0.5), Path("a"), resume=True)
-    train.train(steps(world, 2), Path("a"), resume=True)
-    configuration = Path("a/config.json").read_bytes()
-    with pytest.raises(ValueError, match="past --steps 1"):
-        train.train(steps(world, 1), Path("a"), resume=True)
-    assert Path("a/config.json").read_bytes() == configuration
-    assert Path("a/metrics.jsonl").read_bytes().startswith(before)
-
-
-def test_a_damaged_configuration_is_named_and_the_run_left_alone(world):
-    Path("a/checkpoints").mkdir(parents=True)
-    Path("a/config.json").write_text('{"model":')
-    with pytest.raises(ValueError, match=r"^a/config\.json: damaged"):
-        train.train(world, Path("a"), resume=True)
-    assert Path("a/config.json").read_text() == '{"model":'
-
-
-def test_a_start_that_failed_does_not_occupy_the_folder(world):
-    with pytest.raises(FileNotFoundError):
-        train.train(dataclasses.replace(world, questions="nowhere.jsonl"), Path("a"))
-    with pytest.raises(ValueError, match="no/such/folder: neither a model folder nor"):
-        train.train(dataclasses.replace(world, model="no/such/folder"), Path("a"))
-    train.train(steps(world, 1), Path("a"))
-    assert len(metrics_of("a")) == 1
-
-
-NAMED_FILES = {  # a file that an option names, and a part of it
-    "questions": ("q.jsonl", b"who"),
-    "prompt": ("p.txt", b"Question"),
-    "retriever": ("c.jsonl", b"words"),
-    "model": ("m/model.safetensors", b"layernorm.weight"),
-}
-
-
-@pytest.mark.parametrize("name", NAMED_FILES)
-def test_a_run_does_not_go_on_with_what_has_changed_at_the_same_path(world, name):
-    shutil.copytree(world.model, "m")
-    config = dataclasses.replace(world, model="m")
-    train.train(steps(config, 1), Path("a"))
-    file, part = NAMED_FILES[name]
-    content = Path(file).read_bytes()
-    assert part in content
-    Path(file).write_bytes(content.replace(part, part[::-1]))
-    with pytest.raises(ValueError, match=f"a/config.json: begun with {name}_fingerprint .*, not"):
-        train.train(config, Path("a"), resume=True)
-    Path(file).write_bytes(content)
-    train.train(config, Path("a"), resume=True)
-    assert len(metrics_of("a")) == 3
-
-
-def test_a_run_folder_takes_one_process_at_a_time(world):
-    run = checkpoint.RunFolder(Path("a"), {})
-    with run.lock(False), pytest.raises(ValueError, match="another process"):
-        train.train(steps(world, 1), Path("a"), resume=True)
-    assert metrics_of("a") == []
-    train.train(steps(world, 1), Path("a"), resume=True)
-
-
-def test_a_file_system_without_locks_takes_a_run(world, monkeypatch):
-    def refuse(self):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(checkpoint.FileLock, "_acquire", refuse)
-    train.train(steps(world, 1), Path("a"))
-    assert len(metrics_of("a")) == 1
-
-
-def test_a_model_of_an_earlier_step_is_not_taken_for_that_of_the_last(world, monkeypatch):
-    """A run goes on past a finished one and is killed before its export."""
-    train.train(steps(world, 1), Path("a"))
-    old = model_of("a")
-
-    def die(*_):
-        raise SystemError
-
-    with monkeypatch.context() as patch, pytest.raises(SystemError):
-        patch.setattr(train, "export", die)
-        train.train(world, Path("a"), resume=True)
-    assert model_of("a") == old  # until there is another
-    train.train(world, Path("a"), resume=True)
-    assert model_of("a") != old
-    assert [path.name for path in Path("a").glob("model*")] == ["model"]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -450,20 +335,6 @@ def test_a_full_disk_loses_no_checkpoint(world, tmp_path):
         subprocess.run(["umount", str(small)], check=True)
 
 
-# --------------------------------------------------------------------------------------------------
-# Logs
-
-
-def test_no_key_of_the_environment_is_in_a_run_folder(world, monkeypatch, capfd):
-    for service in ("OPENAI_API_KEY", "SERPER_API_KEY", "HF_TOKEN", "WANDB_API_KEY"):
-        monkeypatch.setenv(service, f"sentinel-{service}")
-    train.train(steps(world, 1), Path("a"), logger="tensorboard")
-    files = [path for path in Path("a").rglob("*") if path.is_file()]
-    assert any(path.name.startswith("events.out.") for path in files)  # TensorBoard's
-    assert len(files) > 8 and not any(b"sentinel-" in path.read_bytes() for path in files)
-    assert "sentinel-" not in "".join(capfd.readouterr())
-
-
 def test_moments_and_step_are_those_of_adam(world):
     """What `create_moments` makes is what AdamW itself makes in its first step."""
     parameter = torch.nn.Parameter(torch.ones(3))
@@ -474,10 +345,3 @@ def test_moments_and_step_are_those_of_adam(world):
     assert made.state[parameter].keys() == own.state[parameter].keys()
     for name, value in own.state[parameter].items():
         assert torch.equal(made.state[parameter][name], value), name
-
-
-def test_a_log_that_is_damaged_is_named(world):
-    train.train(steps(world, 1), Path("a"))
-    Path("a/metrics.jsonl").write_text(json.dumps({"no": "step"}) + "\n")
-    with pytest.raises(ValueError, match=r"a/metrics\.jsonl: damaged"):
-        train.train(world, Path("a"), resume=True)

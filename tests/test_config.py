@@ -60,6 +60,12 @@ def test_the_presets_hold_the_papers_values():
         (["--samples_per_prompt", "1"], "--samples_per_prompt"),
         (["--updates_per_rollout", "99"], "--updates_per_rollout"),
         (["--eval_every", "2"], "--eval_questions"),
+        (["--clip_eps_high", "0"], "--clip_eps_high"),
+        (["--warmup", "-1"], "--warmup"),
+        (["--sampler_mask", "0.5"], "--sampler_mask"),
+        (["--stop_on_collapse", "-1"], "--stop_on_collapse"),
+        (["--stop_on_collapse", "1"], "--eval_every"),
+        (["--collapse_evaluations", "0"], "--collapse_evaluations"),
     ],
 )
 def test_impossible_values_are_refused_by_name(flags, message, model_folder):

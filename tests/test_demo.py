@@ -58,9 +58,21 @@ def test_a_two_hop_answer_needs_both_passages():
         assert any(question["answers"][0] in TEXTS[title] for title in linked)
 
 
+def test_prompts_of_the_baselines_leave_searches_out():
+    search, single, closed_book = demo.PROMPTS.values()
+    query = r"\nI need to find (.*)\.\n<.begin_of_query.> \1 <.end_of_query.>"
+    documents = r"\n\n<.begin_of_documents.>\n\(1\).*\n<.end_of_documents.>"
+    assert len(re.findall(query + documents, search)) == len(demo.EXAMPLES) == 2
+    assert re.sub(query, "", search) == single != search
+    assert re.sub(documents, "", single) == closed_book != single
+    assert all(prompt.endswith("Question: {question}\n<think>") for prompt in demo.PROMPTS.values())
+
+
 def test_what_is_there_stays(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "fetch_demo_model", lambda out: out.mkdir())
     demo.main(["--out", str(tmp_path)])
+    for name, prompt in demo.PROMPTS.items():
+        assert (tmp_path / name).read_text() == prompt
     before = (tmp_path / "train.jsonl").read_bytes()
     (tmp_path / "passages.jsonl").write_text("mine")
     monkeypatch.setattr(demo, "fetch_demo_model", lambda out: pytest.fail("fetched twice"))

@@ -20,6 +20,7 @@ from config import Config
 from inference import Inference, question_key
 from metrics import measure_by_dataset
 from retriever import retriever_fingerprint
+from reward import PROMPTS
 
 
 def write_lines(path, rows):
@@ -83,6 +84,71 @@ def test_every_question_is_answered_once_in_the_files_order(arguments, tmp_path,
     assert kinds == {"prompt", "policy", "documents"}
     assert read_metrics(tmp_path / "out")["results"] == measure_by_dataset(rows)
     assert contents(tmp_path / "out").keys() == {"metrics.json", "transcripts.jsonl"}
+
+
+def transcripts_of(arguments, tmp_path, *flags):
+    """Evaluate; the transcripts, and the protocol."""
+    evaluate.main([*arguments, *flags])
+    protocol = read_metrics(tmp_path / "out")["protocol"]
+    return read_lines(tmp_path / "out" / "transcripts.jsonl"), protocol
+
+
+def kinds_of(row):
+    return [kind for kind, _ in row["segments"]]
+
+
+def test_mode_search_is_the_default(arguments, tmp_path, capsys):
+    rows, protocol = transcripts_of(arguments, tmp_path)
+    assert (protocol["mode"], protocol["max_searches"]) == ("search", 8)
+    assert all(kinds_of(row)[:2] == ["prompt", "policy"] for row in rows)
+    evaluate.main([*arguments, "--mode=search"])
+    assert "evaluated already" in capsys.readouterr().out
+    for mode in ("single", "closed_book"):
+        error = refused([*arguments, f"--mode={mode}"], capsys)
+        assert f"begun with mode search, not {mode}" in error
+
+
+def test_mode_single_searches_once_with_the_question(arguments, tmp_path):
+    write_lines(tmp_path / "c.jsonl", [{"id": "0", "title": "T", "text": "who knows"}])
+    rows, protocol = transcripts_of(arguments, tmp_path, "--mode=single")
+    assert (protocol["mode"], protocol["max_searches"]) == ("single", 1)
+    for row in rows:
+        documents = "\n\n<|begin_of_documents|>\n(1)T   who knows\n<|end_of_documents|>"
+        assert kinds_of(row) == ["prompt", "documents", "policy"]
+        assert row["segments"][1][1] == documents
+        assert row["queries"] == [row["question"]] and row["searches"] == 1
+    assert {row["finish_reason"] for row in rows} == {"answer"}
+
+
+def test_mode_closed_book_opens_no_retriever(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("inference.open_retriever", lambda source: pytest.fail("opened"))
+    flags = [flag for flag in arguments if not flag.startswith("--retriever")]
+    rows, protocol = transcripts_of(flags, tmp_path, "--mode=closed_book")
+    assert (protocol["mode"], protocol["max_searches"]) == ("closed_book", 0)
+    assert protocol["retriever"] is protocol["retriever_fingerprint"] is None
+    assert all(kinds_of(row) == ["prompt", "policy"] and row["searches"] == 0 for row in rows)
+    assert {row["finish_reason"] for row in rows} == {"answer", "max_searches"}
+    evaluate.main([*arguments, "--mode=closed_book"])  # the retriever makes no difference
+    assert "evaluated already" in capsys.readouterr().out
+    for mode in ("search", "single"):
+        error = refused([*flags, f"--mode={mode}"], capsys)
+        assert error == f"evaluate.py: --mode {mode} needs --retriever"
+
+
+def test_a_mode_has_its_own_built_in_prompt(arguments, tmp_path):
+    flags = ["--prompt_file=chat", "--mode=closed_book", "--limit=1", "--max_context=900"]
+    [row], protocol = transcripts_of(arguments, tmp_path, *flags)
+    assert protocol["prompt_file"] == "chat_closed_book"
+    assert PROMPTS["chat_closed_book"][0][1] in row["segments"][0][1]
+
+
+def test_an_evaluation_from_before_there_were_modes_is_shown(arguments, tmp_path, capsys):
+    evaluate.main(arguments)
+    metrics = read_metrics(tmp_path / "out")
+    del metrics["protocol"]["mode"]
+    (tmp_path / "out" / "metrics.json").write_text(json.dumps(metrics))
+    evaluate.main(arguments)
+    assert "evaluated already" in capsys.readouterr().out
 
 
 def test_a_configuration_of_training_has_all_options_of_inference():

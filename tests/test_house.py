@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ALGORITHM = ["reward", "rollout", "reinforce_pp", "train", "config"]
+ALGORITHM = ["reward", "rollout", "reinforce_pp", "sampler", "train", "config"]
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 TOOLS = sorted(path.stem for path in ROOT.glob("tools/*.py"))
 
@@ -27,7 +27,10 @@ IMPORTS = {
     "rollout": {"engine"},
     "config": {"engine", "reinforce_pp", "reward"},
     "policy": {"reinforce_pp"},
-    "checkpoint": {"policy", "records"},
+    "packing": set(),
+    "signals": {"rollout"},
+    "checkpoint": {"policy", "records", "signals"},
+    "run_folder": {"checkpoint", "records", "rollout", "signals"},
     "bm25": {"records"},
     "dense": {"records"},
     "search_client": {"records"},
@@ -37,9 +40,10 @@ IMPORTS = {
     "evaluate": {"inference", "metrics", "records", "reward"},
     "difficulty": {"inference", "records", "reward", "rollout"},
     "data_prep": {"difficulty", "records", "reward"},
+    "sampler": {"config", "inference", "metrics", "policy", "records", "rollout"},
     "train": {
-        "checkpoint", "config", "inference", "metrics", "policy", "records", "reinforce_pp",
-        "reward", "rollout",
+        "checkpoint", "config", "inference", "metrics", "packing", "policy", "records",
+        "reinforce_pp", "reward", "rollout", "run_folder", "sampler", "signals",
     },
 }  # fmt: skip
 
@@ -88,11 +92,11 @@ def size_of(path: Path) -> Size:
 
 GROUPS = {  # files, most lines, most tokens
     "the algorithm": ([f"{name}.py" for name in ALGORITHM], 1_640, 10_000),
-    "all flat modules": ([f"{name}.py" for name in MODULES], 4_875, 27_500),
-    "tools": ([f"tools/{name}.py" for name in TOOLS], 900, None),
+    "all flat modules": ([f"{name}.py" for name in MODULES], 5_240, 29_600),
+    "tools": ([f"tools/{name}.py" for name in TOOLS], 1_030, None),
     "benchmarks": (
         sorted(f"benchmarks/{p.name}" for p in ROOT.glob("benchmarks/*.py")),
-        1_200,
+        1_210,
         None,
     ),
 }

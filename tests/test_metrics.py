@@ -38,6 +38,17 @@ def test_summary_by_hand():
     assert (metrics["truncated_rate"], metrics["response_len"]) == (0.25, 4)
 
 
+def test_lengths_as_percentiles_and_rewards_by_dataset_by_hand():
+    records = [record("one"), record("one", "x"), record("two", "b c")]
+    for length, each in zip((10, 20, 40), records, strict=True):
+        each["response_len"] = length
+    metrics = summarize(records)
+    assert (metrics["response_len_p50"], metrics["response_len_p90"]) == (20, 36)
+    assert metrics["response_len_p99"] == pytest.approx(39.6)
+    assert (metrics["reward_one"], metrics["f1_one"]) == (0.5, 0.5)
+    assert (metrics["reward_two"], metrics["f1_two"]) == pytest.approx((2 / 3, 2 / 3))
+
+
 def test_failed_searches_are_a_share_of_queries_in_training_and_of_questions_in_evaluation():
     assert summarize(RECORDS)["search_failures"] == 3 / 5
     assert measure_by_dataset(RECORDS)["d"]["search_failed_rate"] == 2 / 4

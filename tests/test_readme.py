@@ -14,6 +14,7 @@ import tyro
 from torch.distributed.run import get_args_parser
 
 import config
+import signals
 import train
 from evaluate import read_results
 from metrics import format_cell, table
@@ -86,11 +87,14 @@ def test_help(script):
     assert "usage" in shown or script == "benchmarks/dense_memory.py"
 
 
-def test_every_metric_is_defined(world):
-    train.train(replace(world, steps=1, eval_every=1, eval_questions="q.jsonl"), Path("run"))
+def test_every_metric_is_defined(world, monkeypatch):
+    monkeypatch.setattr(signals, "PROBE_SIZE", 1)
+    options = {"steps": 1, "eval_every": 1, "eval_questions": "q.jsonl", "kl_coef": 0.1}
+    train.train(replace(world, sampler_mask=9.0, **options), Path("run"))
     logged = re.findall(r'"(\w+)":', Path("run/metrics.jsonl").read_text())
     logged = {re.sub("^eval_.*", "eval_...", name) for name in logged}
     logged = {re.sub("^failed_.*", "failed_RULE", name) for name in logged}
+    logged = {re.sub("_q$", "_DATASET", name) for name in logged}
     rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/metrics.md").read_text(), re.MULTILINE)
     assert logged == {name for row in rows for name in re.findall(r"`(.+?)`", row)}
 

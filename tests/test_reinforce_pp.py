@@ -1,26 +1,24 @@
-"""Every equation against numbers computed by hand, and packing against separate sequences."""
+"""Every equation against numbers computed by hand."""
 
 import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from reinforce_pp import (
     ALGORITHMS,
-    MAX_SHARED_ROW,
     centre,
+    dr_grpo,
     estimate_advantages,
     grpo,
     kl_estimate,
     normalize,
-    pack,
-    plan_micro_batches,
     policy_loss,
     returns_to_go,
+    sequence_ratio,
     token_log_probs,
 )
 
@@ -79,6 +77,12 @@ def test_eq_4_by_hand():
     assert standardized[4:].abs().sum() == 0
 
 
+def test_eq_4_dr_grpo_leaves_the_deviation_in_and_skips_eq_5():
+    rewards = tensor([[1.0, 0.0, 0.0, 1.0], [2.0, 2.0, 2.0, 6.0]], dtype=torch.double)
+    got = dr_grpo(rewards, torch.ones(8, 1), None, 0.0)
+    assert got[:, 0].tolist() == [0.5, -0.5, -0.5, 0.5, -1, -1, -1, 3]
+
+
 @given(st.floats(-3, 3, allow_nan=False), st.integers(2, 16))
 def test_eq_4_equal_rewards_give_exactly_zero(reward, samples):
     """Three times 0.1 do not average to 0.1; eps would make a false advantage of the rounding."""
@@ -130,6 +134,15 @@ def test_eq_6_by_hand():
     assert clipped.tolist() == [True, False, True, False]
 
 
+def test_eq_6_the_upper_end_of_the_clip_may_be_higher():
+    ratios = tensor([1.5, 1.25, 0.5])
+    loss, clipped = policy_loss(
+        ratios.log(), torch.zeros(3), tensor([1.0, 1.0, -1.0]), clip_eps=0.2, clip_eps_high=0.28
+    )
+    assert torch.allclose(loss, tensor([-1.28, -1.25, 0.8]))
+    assert clipped.tolist() == [True, False, True]
+
+
 def test_eq_6_on_policy_gradient_is_the_policy_gradient():
     log_probs = tensor([-1.0, -2.0], requires_grad=True)
     policy_loss(log_probs, log_probs.detach(), tensor([3.0, -1.0]))[0].sum().backward()
@@ -152,8 +165,15 @@ def test_eq_7_by_hand():
     assert torch.allclose(loss, -tensor([1.5, 0.5, 2.0]))
 
 
+def test_the_ratio_of_a_sequence_is_the_geometric_mean_over_its_own_tokens():
+    mask = tensor([[0, 1, 1, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    ratios = tensor([[9.0, 2.0, 8.0, 9.0], [9.0, 9.0, 9.0, 9.0]])
+    got = sequence_ratio(ratios.log(), torch.zeros(2, 4), mask)
+    assert got.tolist() == pytest.approx([4.0, 1.0])
+
+
 # --------------------------------------------------------------------------------------------------
-# Log-probabilities and packing
+# Log-probabilities
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
@@ -178,106 +198,3 @@ def test_no_action_tokens_give_an_empty_result_with_a_gradient():
     hidden = torch.randn(0, 5, requires_grad=True)
     token_log_probs(hidden, torch.randn(11, 5), torch.zeros(0, dtype=torch.long)).sum().backward()
     assert hidden.grad.shape == (0, 5)
-
-
-@pytest.fixture(scope="module")
-def model():
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=50,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-        )
-    )
-
-
-def run_packed(model, rows):
-    """Log-probabilities of the action tokens and the gradient of their weighted sum."""
-    model.zero_grad()
-    batch = pack(rows)
-    source, targets = batch.pop("source"), batch.pop("targets")
-    hidden = model.model(**batch).last_hidden_state.flatten(0, 1)[source]
-    log_probs = token_log_probs(hidden, model.lm_head.weight, targets)
-    (log_probs * torch.arange(1, len(log_probs) + 1)).sum().backward()
-    return log_probs.detach(), [p.grad.clone() for p in model.parameters()]
-
-
-# Token ids and action mask of a sequence; few different tokens make common prefixes frequent.
-SEQUENCES = st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=2, max_size=9)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(SEQUENCES, min_size=1, max_size=4), st.integers(0, 9))
-def test_a_common_prefix_changes_neither_values_nor_gradients(model, drawn, instructions):
-    """Nor does a prefix that reaches into what the policy sampled."""
-    sequences = []
-    for tokens in drawn:
-        ids = [7] * instructions + [token for token, _ in tokens]
-        mask = [0] * (instructions + 1) + [int(acted) for _, acted in tokens[1:]]
-        sequences.append((ids, mask))
-    if not any(acted for _, mask in sequences for acted in mask):
-        return
-    shared, shared_grads = run_packed(model, [sequences])
-    apart, apart_grads = run_packed(model, [[sequence] for sequence in sequences])
-    assert torch.allclose(shared, apart, atol=1e-5)
-    for a, b in zip(shared_grads, apart_grads, strict=True):
-        assert torch.allclose(a, b, atol=1e-3)
-
-
-def test_packed_log_probs_are_those_of_the_plain_model(model):
-    ids, mask = [3, 1, 4, 1, 5, 9, 2], [0, 0, 1, 0, 1, 1, 0]
-    expected = model(tensor([ids])).logits[0].log_softmax(-1)
-    other = [3, 1, 7, 7]
-    got, _ = run_packed(model, [[(ids, mask), (other, mask[:4])], [(ids, mask)]])
-    by_hand = [expected[t - 1, ids[t]].item() for t in (2, 4, 5)]
-    assert got.tolist() == pytest.approx([*by_hand, expected[1, 7].item(), *by_hand], abs=1e-5)
-
-
-def test_a_shared_row_computes_the_prefix_once():
-    batch = pack([[([1, 2, 3, 4, 5], [0, 0, 0, 1, 1]), ([1, 2, 6, 7, 8], [0, 0, 0, 1, 1])]])
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 6, 7]]  # the last action is never read
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3]]
-    assert batch["source"].tolist() == [2, 3, 4, 5] and batch["targets"].tolist() == [4, 5, 7, 8]
-    first_of_second = batch["attention_mask"][0, 0, 4]
-    assert first_of_second.tolist() == [True, True, False, False, True, False]
-
-
-@given(
-    st.lists(st.tuples(st.integers(1, 3), st.integers(1, 60), st.integers(1, 80)), max_size=24),
-    st.integers(50, 400),
-)
-def test_a_plan_holds_every_sequence_once_within_the_budget(drawn, budget):
-    """Drawn are (question, length of its prompt, length of the rest)."""
-    sequences = {}
-    for number, (question, prompt, rest) in enumerate(drawn):
-        sequences[10 * number] = [question] * prompt + [100 + number] * rest
-    plan = plan_micro_batches(sequences, budget)
-    planned = sorted(index for rows in plan for row in rows for index in row)
-    assert planned == list(sequences)
-    for rows in plan:
-        packed = []
-        for row in rows:
-            packed.append([(sequences[i], [0] * len(sequences[i])) for i in row])
-            # `pack` leaves the tokens after the last action out; with an action at the end:
-            packed[-1] = [([*ids, 0], [0] * len(ids) + [1]) for ids, _ in packed[-1]]
-        computed = pack(packed)["input_ids"]
-        is_one_sequence = len(rows) == 1 and len(rows[0]) == 1
-        assert computed.numel() <= budget or is_one_sequence
-        assert computed.shape[1] <= MAX_SHARED_ROW or all(len(row) == 1 for row in rows)
-
-
-def test_a_micro_batch_is_of_shared_rows_or_of_plain_rows():
-    """One shared row would give all rows of its micro-batch a dense mask."""
-    shared = {i: [1] * 50 + [i] * 20 for i in range(2)}
-    plain = {10 + i: [10 + i] * (60 + 20 * i) for i in range(3)}
-    assert plan_micro_batches(shared | plain, 10_000) == [[[0, 1]], [[12], [11], [10]]]
-
-
-def test_samples_of_one_question_share_a_row_and_unlike_sequences_do_not():
-    alike = {i: [1] * 50 + [i] * 20 for i in range(4)}
-    assert plan_micro_batches(alike, 2000) == [[[0, 1, 2, 3]]]
-    unlike = {i: [i] * 70 for i in range(4)}
-    assert plan_micro_batches(unlike, 2000) == [[[0], [1], [2], [3]]]

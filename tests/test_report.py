@@ -232,6 +232,8 @@ def test_plot(tmp_path, capsys):
     for name in ("stage1", "stage2"):
         (tmp_path / name).mkdir()
         rows = [{"step": step, **dict.fromkeys(report.PANELS, 0.1 * step)} for step in (1, 2, 3)]
+        del rows[0]["log_prob_right"]  # has no data yet
+        rows[1]["eval_f1"] = 0.5
         write_lines(tmp_path / name / "metrics.jsonl", rows)
     done = evaluation(tmp_path / "eval", [episode(0)])
     results = measure_by_dataset([episode_record(episode(0))])
@@ -240,7 +242,7 @@ def test_plot(tmp_path, capsys):
     out = tmp_path / "c.png"
     report.main(["plot", *runs, "--evaluations", str(done), "--out", str(out)])
     assert out.read_bytes()[:4] == b"\x89PNG" and "eval d" in capsys.readouterr().out
-    (tmp_path / "stage1" / "metrics.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "stage1" / "metrics.jsonl").write_text('{"reward": 1}\n')
     assert "metrics.jsonl:1" in refused(capsys, "plot", *runs)
 
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from reward import (
     FORMAT_RULES,
     METRICS,
+    PROMPTS,
     REWARDS,
     Outcome,
     contiguous_match,
@@ -207,6 +208,38 @@ def test_normalisation_is_idempotent(text):
 @given(st.text(alphabet="<>|/ abthinkqueryanswer_doc", max_size=80))
 def test_no_text_breaks_the_rules_themselves(text):
     assert score_episode([("policy", text)], 0, ["b"])["reward"] <= 1
+
+
+BEGINNING = """\
+Work out the answer to the question step by step, and write your reasoning between <think> and \
+</think>.
+"""
+ABOUT_SEARCHING = {
+    "": """\
+Whenever you lack a fact, ask a search engine for it inside your reasoning: write \
+<|begin_of_query|> a few keywords <|end_of_query|> and stop. The results follow between \
+<|begin_of_documents|> and <|end_of_documents|>. Ask for one fact at a time and search as often as \
+you need.
+""",
+    "_single": """\
+The results of a search for the question stand between <|begin_of_documents|> and \
+<|end_of_documents|>.
+""",
+    "_closed_book": "",
+}
+END = """\
+When you know the answer, close your reasoning and write nothing but the answer itself, in a few \
+words, like this: </think> <answer> the answer </answer>"""
+
+
+@pytest.mark.parametrize("suffix", ABOUT_SEARCHING)
+def test_prompts_differ_in_what_they_say_about_searching(suffix):
+    instructions = BEGINNING + ABOUT_SEARCHING[suffix] + END
+    completion = f"{instructions}\n\nQuestion: {{question}}\n<think>"
+    assert load_prompt(f"base{suffix}") == [("text", completion)]
+    turns = [("system", instructions), ("user", "{question}"), ("prefill", "<think>")]
+    assert load_prompt(f"chat{suffix}") == turns
+    assert len(PROMPTS) == 2 * len(ABOUT_SEARCHING)
 
 
 def test_a_prompt_file_replaces_the_prompt(tmp_path):

@@ -125,6 +125,43 @@ def test_long_documents_are_cut_and_stay_closed(play, tokenizer):
     assert episode.finish_reason == "answer"
 
 
+def test_an_episode_that_begins_with_a_query_begins_with_its_documents(play, tokenizer):
+    episode, engine = play([ASK, TELL], queries=["q"], max_searches=1)
+    consistent(episode, tokenizer)
+    assert [kind for kind, _ in episode.segments] == ["prompt", "documents", "policy"]
+    asked, _ = play([ASK, TELL])
+    assert episode.segments[1] == asked.segments[2]
+    assert (episode.finish_reason, episode.queries) == ("answer", ["q"])
+    [given] = engine.given
+    assert tokenizer.decode(given) == "Question: q\n<think>" + episode.segments[1][1]
+
+
+def test_a_query_at_the_beginning_counts_as_a_search(play, tokenizer):
+    episode, _ = play([ASK], queries=["q"], max_searches=1)
+    assert (episode.finish_reason, episode.queries) == ("max_searches", ["q"])
+    episode, _ = play([ASK], queries=["q"], max_searches=2)
+    assert (episode.finish_reason, episode.queries) == ("max_searches", ["q", "red harbor"])
+    prompt_length = len(episode.prompt_ids)
+    for max_context in (prompt_length - 1, prompt_length):
+        episode, _ = play([TELL], queries=["q"], max_context=max_context)
+        assert (episode.finish_reason, len(episode.token_ids)) == ("length", prompt_length)
+
+
+def test_episodes_that_begin_with_a_query_search_together(scripted, tokenizer):
+    batches = []
+
+    def search(queries, k):
+        batches.append(queries)
+        return [[] for _ in queries]
+
+    rollout = Rollout(scripted([ASK, TELL]), tokenizer, search, TAGS, Limits(), deterministic=True)
+    queries = [str(number) for number in range(6)]
+    episodes = [Episode({}, tokenizer.encode("Q"), queries=[query]) for query in queries]
+    assert len(list(rollout.run(episodes, max_running=4))) == 6
+    first, *later = batches
+    assert first == queries[:4] and [query for [query] in later] == queries[4:]
+
+
 def long_passages(queries, k):
     return [[{"title": "T", "text": "word " * 9999}] for _ in queries]
 

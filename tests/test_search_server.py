@@ -19,9 +19,10 @@ from starlette.testclient import TestClient
 
 from bm25 import BM25, TantivyBM25
 from records import write_jsonl
-from retriever import build_bm25, retriever_fingerprint
+from retriever import build_bm25, open_retriever, retriever_fingerprint
 from search_client import Remote
 from tools import search_server
+from tools.control_search import RandomPassages, open_control
 from tools.search_server import MAX_BODY_BYTES, MAX_PASSAGES, Batcher, SearchRequest, make_app
 
 HALF_REQUEST = b"POST /search HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
@@ -36,10 +37,11 @@ for i in range(3000):
 class Server:
     """The server in a process of its own, with `constants` of its module replaced."""
 
-    def __init__(self, index, **constants):
+    def __init__(self, index, *flags, **constants):
+        arguments = [str(word) for word in ("--index", index, "--port", 0, *flags)]
         code = (
             f"from tools import search_server; vars(search_server).update({constants});"
-            f"search_server.main(['--index', {str(index)!r}, '--port', '0'])"
+            f"search_server.main({arguments})"
         )
         root = search_server.__file__.rpartition("/tools/")[0]
         self.process = subprocess.Popen(
@@ -111,6 +113,83 @@ def test_concurrent_clients_get_what_a_single_one_gets(server):
             futures = [pool.submit(remote.search, [query], k) for query in QUERIES * 3]
             found = [future.result()[0] for future in futures]
             assert found == [passages[:k] for passages in alone] * 3
+
+
+# --------------------------------------------------------------------------------------------------
+# Controls: an oracle and random passages
+
+PASSAGES = [
+    {"id": "film", "title": "Red Harbor", "text": "It was directed by Peter Lane."},
+    {"id": "other film", "title": "Lane", "text": "Peter directed it after the film Red Harbor."},
+    {"id": "person", "title": "Peter Lane", "text": "He was born in Salem."},
+    {"id": "town", "title": "Salem", "text": "It is a town."},
+]
+ANSWERS = {
+    "Who directed the film Red Harbor?": ["Unknown", "Peter Lane"],
+    "Where was Peter Lane born?": ["Salem"],
+    "Salem?": ["Peter Lane"],
+    "Salem, Salem?": ["Red Harbor"],
+    "Who is the mayor of Salem?": ["Nobody"],
+}
+# By query: the passages that hold an answer of the question asked.
+HOLDING = {
+    "Who directed the film Red Harbor?": {"film", "person"},
+    "Where was Peter Lane born?": {"person", "town"},
+    "Salem?": {"film", "person"},
+    "Who is the mayor of Salem?": set(),
+    "Peter born": {"person", "town"},  # the nearest question is the second one
+    "Salem": {"film", "other film"},  # and here the fourth one
+    "zebra": set(),
+    "": set(),
+}
+
+
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """A folder with four passages and questions about them."""
+    folder = tmp_path_factory.mktemp("films")
+    write_jsonl(folder / "c.jsonl", PASSAGES)
+    questions = []
+    for number, (text, answers) in enumerate(ANSWERS.items()):
+        questions.append({"id": number, "question": text, "answers": answers})
+    write_jsonl(folder / "q.jsonl", questions)
+    return folder
+
+
+def test_the_oracle_finds_only_passages_that_hold_an_answer_in_one_piece(films):
+    oracle = Server(films / "c.jsonl", "--control", "oracle", "--questions", films / "q.jsonl")
+    retriever = open_retriever(oracle.url)
+    results = retriever.search([*HOLDING], 4)
+    found = [{passage["id"] for passage in passages} for passages in results]
+    assert found == list(HOLDING.values())
+    assert retriever.search([*HOLDING], 1) == [passages[:1] for passages in results]
+    assert oracle.stop()[0] == 0
+
+
+def test_random_passages_are_those_of_the_query(films):
+    drawn = []
+    for _ in range(2):
+        server = Server(films / "c.jsonl", "--control", "random")
+        drawn.append(open_retriever(server.url).search([*QUERIES, *QUERIES], 2))
+        assert server.stop()[0] == 0
+    assert drawn[0] == drawn[1] and drawn[0][:100] == drawn[0][100:]
+    pairs = {tuple(passage["id"] for passage in passages) for passages in drawn[0]}
+    assert len(pairs) == 4 * 3  # each two of the four, in each order
+    everything = RandomPassages(str(films / "c.jsonl")).search(["\ud800"], 9)[0]
+    assert sorted(everything, key=PASSAGES.index) == PASSAGES
+
+
+def test_controls_have_fingerprints_of_their_own(films):
+    index, questions = str(films / "c.jsonl"), str(films / "q.jsonl")
+    names = [retriever_fingerprint(index)]
+    for control, files in (("random", []), ("oracle", [questions]), ("oracle", [questions] * 2)):
+        name, _ = open_control(control, index, files)
+        assert names[0] in name
+        names.append(name)
+    assert len(set(names)) == len(names)
+    server = Server(index, "--control", "random")
+    assert retriever_fingerprint(server.url) == names[1]
+    assert server.stop()[0] == 0
 
 
 # --------------------------------------------------------------------------------------------------
@@ -269,7 +348,7 @@ def test_the_server_reports_the_fingerprint_of_what_it_searches(server, index):
     assert retriever_fingerprint(server.url) == retriever_fingerprint(str(index)) is not None
 
 
-def test_what_the_user_can_mend_is_one_line_and_status_2(server, tmp_path, monkeypatch):
+def test_what_the_user_can_mend_is_one_line_and_status_2(server, index, tmp_path, monkeypatch):
     monkeypatch.delenv("SERPER_API_KEY", raising=False)
     missing = str(tmp_path / "none")
     for flags, message in {
@@ -279,6 +358,11 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(server, tmp_path, monke
         ("--web", "serper", "--port", "0"): "set SERPER_API_KEY",
         ("--port", "0"): "either --index or --web",
         ("--index", missing, "--web", "brave"): "either --index or --web",
+        ("--web", "brave", "--control", "random"): "--control needs --index",
+        ("--index", missing, "--control", "oracle"): "--control oracle and --questions need each",
+        ("--index", missing, "--questions", missing): "--control oracle and --questions need each",
+        ("--index", str(index), "--control", "random", "--port", "0"): "need a passage file",
+        (*f"--index {index} --control oracle --port 0 --questions".split(), missing): "none",
     }.items():
         command = [sys.executable, search_server.__file__, *flags]
         result = subprocess.run(command, capture_output=True, text=True, timeout=60)

@@ -18,13 +18,18 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
+import evaluate
+import packing
 import policy
 import reinforce_pp
+import signals
 import train
+from checkpoint import Progress
 from config import Config
 from engine import VLLMEngine
 from reward import TAGS
 from rollout import Episode, Limits, Rollout
+from sampler import Sampler, questions_of_step
 
 HERE = Path(__file__).parent
 CPU = torch.device("cpu")
@@ -88,7 +93,7 @@ def test_the_gradient_does_not_depend_on_sharing_a_prefix(plain_trainer, monkeyp
     trainer = plain_trainer(algorithm="grpo")
     shared, batch = gradients_of(trainer, episodes)
     assert any(len(row) > 1 for row in rows_of(trainer, batch)[0])
-    monkeypatch.setattr(reinforce_pp, "MAX_SHARED_ROW", 0)
+    monkeypatch.setattr(packing, "MAX_SHARED_ROW", 0)
     apart, batch = gradients_of(trainer, episodes)
     assert all(len(row) == 1 for row in rows_of(trainer, batch)[0])
     assert_same(shared, apart)
@@ -139,8 +144,114 @@ def test_one_rank_and_two_ranks_give_the_same_gradients(case, model_folder, tmp_
         assert torch.allclose(gradient, two["gradients"][name], atol=1e-6, rtol=1e-3), name
 
 
+def test_broken_off_episodes_leave_normalisation_and_denominator(plain_trainer):
+    """Eqs. 5 and 8 of reinforce++ are those of a batch without them."""
+    episodes = make_episodes(2, 3)
+    without = [e for number, e in enumerate(episodes) if number not in (1, 4)]
+    expected, _ = gradients_of(plain_trainer(samples_per_prompt=1), without)
+    episodes[1].finish_reason = "length"
+    episodes[4].finish_reason = "bad_query"
+    episodes[5].finish_reason = "answer"
+    masked, batch = gradients_of(plain_trainer(mask_truncated=True), episodes)
+    assert batch.has_gradient == [True, False, True, True, False, True]
+    assert_same(masked, expected)
+    unmasked, _ = gradients_of(plain_trainer(), episodes)
+    assert not torch.allclose(unmasked[0], masked[0], atol=1e-6, rtol=1e-4)
+
+
+def test_a_broken_off_episode_still_counts_in_the_baseline_of_its_group(plain_trainer):
+    episodes = make_episodes(2, 3)
+    _, whole = gradients_of(plain_trainer(algorithm="grpo"), episodes)
+    episodes[1].finish_reason = "length"
+    _, masked = gradients_of(plain_trainer(algorithm="grpo", mask_truncated=True), episodes)
+    others = [0, 2, 3, 4, 5]
+    assert torch.equal(masked.advantages[others], whole.advantages[others])
+    assert masked.advantages[1].abs().max() == 0 < whole.advantages[1].abs().max()
+
+
+def sample_from_the_policy(trainer, episodes):
+    """Set the sampler's log-probabilities to those of the policy."""
+    batch = train.make_batch(episodes, trainer.config.samples_per_prompt, CPU)
+    log_probs = trainer.log_probs(trainer.policy, batch, batch.with_loss())
+    for episode, row in zip(episodes, log_probs.tolist(), strict=True):
+        episode.log_probs = row[: len(episode.token_ids)]
+
+
+def test_a_sequence_far_from_the_sampler_gives_no_gradient(plain_trainer):
+    episodes, trainer = make_episodes(2, 3), plain_trainer(sampler_mask=1.5)
+    sample_from_the_policy(trainer, episodes)
+    for number, factor in ((0, 1.4), (2, 1.6), (3, 1 / 1.4), (5, 1 / 1.6)):
+        e = episodes[number]
+        moved = [p - math.log(factor) for p in e.log_probs]
+        e.log_probs = [m if acted else 0.0 for m, acted in zip(moved, e.action_mask, strict=True)]
+    without = [e for number, e in enumerate(episodes) if number not in (2, 5)]
+    expected, _ = gradients_of(plain_trainer(samples_per_prompt=1), without)
+    masked, _ = gradients_of(trainer, episodes)
+    assert_same(masked, expected)
+    fresh = train.make_batch(episodes, 3, CPU)
+    assert trainer.compute_advantages(fresh)["sampler_mask_frac"] == 2 / 6
+
+
+def test_log_prob_right_is_the_mean_over_the_tokens_of_the_probe(
+    model_folder, plain_trainer, monkeypatch
+):
+    monkeypatch.setattr(signals, "PROBE_SIZE", 4)
+    trainer, probe = plain_trainer(temperature=0.8), []
+    for episode in make_episodes(2, 2):
+        assert trainer.log_prob_right(probe) == {}
+        probe.append(dataclasses.asdict(episode))
+    model, values = load_plain(model_folder).lm, []
+    for record in probe:
+        ids = record["token_ids"]
+        log_probs = (model(torch.tensor([ids])).logits[0] / 0.8).log_softmax(-1)
+        acted = [t for t, action in enumerate(record["action_mask"]) if action]
+        values += [log_probs[t - 1, ids[t]].item() for t in acted]
+    expected = sum(values) / len(values)
+    assert trainer.log_prob_right(probe)["log_prob_right"] == pytest.approx(expected, rel=1e-4)
+
+
 # --------------------------------------------------------------------------------------------------
 # Updates
+
+
+def test_the_warm_up_rises_linearly():
+    config = Config(learning_rate=8.0, warmup=4)
+    assert [train.learning_rate(config, n) for n in range(6)] == [2, 4, 6, 8, 8, 8]
+    assert train.learning_rate(Config(learning_rate=2e-6), 0) == 2e-6
+
+
+def test_the_first_update_of_a_warm_up_is_a_part_of_the_whole_one(world):
+    """Adam's first step is in proportion to the learning rate."""
+    changes = []
+    for warmup in (0, 4):
+        config = dataclasses.replace(world, samples_per_prompt=3, warmup=warmup)
+        _, trainer, before = update(config, make_episodes(2, 3), learning_rate=1e-2)
+        after = [p.full_tensor() for p in trainer.policy.parameters()]
+        changes.append([a - b for a, b in zip(after, before, strict=True)])
+    assert_same([change / 4 for change in changes[0]], changes[1], 1e-6)
+
+
+def test_the_signals_of_an_update_by_hand(world):
+    """The policy's own log-probabilities against the sampler's, over the tokens trained on."""
+    episodes = make_episodes(2, 3)  # the second group's rewards are equal: GRPO trains on the first
+    config = dataclasses.replace(world, samples_per_prompt=3)
+    trainer = train.Trainer(config, policy.load_policy(config.model))
+    batch = train.make_batch(episodes, 3, CPU)
+    gap = (trainer.log_probs(trainer.policy, batch, [0, 1, 2]) - batch.sampler_log_probs)[:3]
+    gap = gap[batch.action_mask[:3]].abs()
+    metrics = trainer.compute_advantages(batch) | trainer.update(batch, Progress())
+    assert metrics["trained_tokens"] == len(gap)
+    assert metrics["sampler_gap"] == pytest.approx(gap.mean().item(), rel=1e-3)
+    assert metrics["sampler_clip_frac"] == pytest.approx((gap > math.log(2)).float().mean().item())
+    assert metrics["frac_reward_zero_std"] == 0.5 and "kl" not in metrics
+
+
+def test_an_update_that_does_not_take_place_has_no_signals(world):
+    episodes = make_episodes(2, 3)
+    with_equal_rewards(episodes)
+    metrics, _, _ = update(dataclasses.replace(world, samples_per_prompt=3), episodes)
+    counts = {"updates", "skipped_updates", "consecutive_skipped", "trained_tokens"}
+    assert metrics == dict.fromkeys(counts, 0)
 
 
 def update(config, episodes, learning_rate=1.0):
@@ -154,7 +265,7 @@ def update(config, episodes, learning_rate=1.0):
     before = [p.full_tensor().clone() for p in sharded.parameters()]
     batch = train.make_batch(episodes, config.samples_per_prompt, CPU)
     trainer.compute_advantages(batch)
-    return trainer.update(batch), trainer, before
+    return trainer.update(batch, Progress()), trainer, before
 
 
 def test_a_gradient_that_is_not_finite_skips_the_update(world):
@@ -364,7 +475,7 @@ def test_every_pass_takes_every_question_once():
     questions = [{"id": i} for i in range(10)]
     drawn = []
     for step in range(5):
-        drawn += [q["id"] for q in train.questions_of_step(questions, step, 4, seed=0)]
+        drawn += [q["id"] for q in questions_of_step(questions, step, 4, seed=0)]
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10))
     assert drawn[:10] != drawn[10:] != list(range(10))
 
@@ -380,15 +491,39 @@ def test_kl_starts_at_zero_and_several_updates_clip(world):
 
 @pytest.mark.parametrize("mode", ["k2", "k3"])
 def test_kl_as_a_loss_pulls_towards_the_reference(world, mode):
-    free = dataclasses.replace(world, learning_rate=5e-3, kl_mode=mode, kl_coef=1e-9, steps=3)
-    train.train(free, Path("free"))
-    train.train(dataclasses.replace(free, kl_coef=10.0), Path("pulled"))
-    assert abs(metrics_of("pulled")[-1]["kl"]) < abs(metrics_of("free")[-1]["kl"])
+    """Equal rewards leave nothing else in the loss."""
+    train.train(dataclasses.replace(world, learning_rate=5e-3), Path("a"))
+    config = dataclasses.replace(
+        world, samples_per_prompt=3, kl_coef=1.0, kl_mode=mode, learning_rate=1e-4
+    )
+    reference = policy.load_policy(world.model, frozen=True)
+    trainer = train.Trainer(config, policy.load_policy("a/model"), reference)
+    episodes = make_episodes(2, 3)
+    with_equal_rewards(episodes)
+    distances = []
+    for _ in range(6):
+        batch = train.make_batch(episodes, 3, CPU)
+        trainer.compute_advantages(batch)
+        distances.append(batch.kl.square().sum().item())
+        trainer.update(batch, Progress())
+    assert distances[-1] < 0.9 * distances[0]
 
 
-def test_evaluation_during_training(world):
-    train.train(dataclasses.replace(world, eval_every=2, eval_questions="q.jsonl"), Path("a"))
-    assert ["eval_f1" in row for row in metrics_of("a")] == [True, False, True]
+def test_evaluation_during_training_is_of_the_model_after_the_step(world):
+    config = dataclasses.replace(
+        world, eval_every=2, eval_questions="q.jsonl", learning_rate=0.02, reward="stage2"
+    )
+    train.train(config, Path("a"))
+    rows = metrics_of("a")
+    assert ["eval_f1" in row for row in rows] == [False, True, False]
+    options = ["engine", "prompt_file", "retriever", "documents_per_search", "max_searches"]
+    options += ["max_turn_tokens", "max_context"]
+    flags = [word for name in options for word in (f"--{name}", str(getattr(config, name)))]
+    evaluated = ["run", "--questions", "q.jsonl", "--model", "a/model-best", "--out", "e", *flags]
+    evaluate.main(evaluated)
+    results = evaluate.read_metrics(Path("e/metrics.json"))["results"]["q"]
+    for name in ("reward", "f1", "em", "format_rate", "searches", "response_len"):
+        assert rows[1][f"eval_{name}"] == results[name], name
 
 
 def test_failing_searches_stop_the_run_with_their_message(world, monkeypatch):
@@ -429,7 +564,7 @@ def test_failures_stop_a_run_by_their_share_of_at_least_20_queries(steps, stops)
         for episode in episodes[:failures]:
             episode.search_failures = 1
         try:
-            train.Sampler.stop_if_searches_fail(sampler, episodes)
+            Sampler.stop_if_searches_fail(sampler, episodes)
             stopped.append(False)
         except RuntimeError as error:
             assert str(error).endswith("searches failed: down")

@@ -111,6 +111,19 @@ def metrics_of(out) -> list[dict]:
     return [{k: v for k, v in row.items() if not timed.match(k)} for row in rows]
 
 
+def steps(config: Config, count: int) -> Config:
+    return dataclasses.replace(config, steps=count)
+
+
+def model_of(run) -> bytes:
+    """The weights of the run's exported model."""
+    return Path(run, "model/model.safetensors").read_bytes()
+
+
+def checkpoint_names(run="a") -> list[str]:
+    return sorted(path.name for path in Path(run, "checkpoints").iterdir())
+
+
 def state_of(out) -> dict:
     """Parameters and moments of the run's newest checkpoint, as whole tensors in fp32."""
     import torch

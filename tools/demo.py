@@ -1,4 +1,4 @@
-"""The demo: a fictional world, questions about it, a prompt and a small model.
+"""The demo: a fictional world, questions about it, prompts and a small model.
 
 python tools/demo.py --out demo --seed 0
 """
@@ -235,37 +235,50 @@ def demo_world(seed: int) -> tuple[list[Passage], list[dict], list[dict]]:
 
 
 # --------------------------------------------------------------------------------------------------
-# The prompt
+# The prompts
 
 # Two worked examples for a model too small to follow instructions. What such a model copies best
 # are new lines around the tags and a sentence that repeats the document's wording.
-PROMPT = f"""\
-Question: Who directed the film Red Harbor?
-{TAGS.think.opening}
-I need to find Red Harbor.
-{TAGS.query.opening} Red Harbor {TAGS.query.closing}
-
-{TAGS.documents.opening}
-(1)Red Harbor   Red Harbor is a film. It was shot in Dover. It was directed by Peter Lane.
-{TAGS.documents.closing}
-It was directed by Peter Lane.
+EXAMPLES = [
+    {
+        "question": "Who directed the film Red Harbor?",
+        "title": "Red Harbor",
+        "text": "Red Harbor is a film. It was shot in Dover. It was directed by Peter Lane.",
+        "fact": "It was directed by Peter Lane.",
+        "answer": "Peter Lane",
+    },
+    {
+        "question": "Where was Laura Webb born?",
+        "title": "Laura Webb",
+        "text": "Laura Webb is a singer. She was born in Salem. She is married to Mark Fox.",
+        "fact": "She was born in Salem.",
+        "answer": "Salem",
+    },
+]
+# The parts of an example. A search and its documents are left out where the mode has none.
+QUESTION = f"Question: {{question}}\n{TAGS.think.opening}"
+SEARCH = f"\nI need to find {{title}}.\n{TAGS.query.opening} {{title}} {TAGS.query.closing}"
+DOCUMENTS = f"\n\n{TAGS.documents.opening}\n(1){{title}}   {{text}}\n{TAGS.documents.closing}"
+ANSWER = f"""
+{{fact}}
 {TAGS.think.closing}
-{TAGS.answer.opening} Peter Lane {TAGS.answer.closing}
+{TAGS.answer.opening} {{answer}} {TAGS.answer.closing}
 
-Question: Where was Laura Webb born?
-{TAGS.think.opening}
-I need to find Laura Webb.
-{TAGS.query.opening} Laura Webb {TAGS.query.closing}
+"""
 
-{TAGS.documents.opening}
-(1)Laura Webb   Laura Webb is a singer. She was born in Salem. She is married to Mark Fox.
-{TAGS.documents.closing}
-She was born in Salem.
-{TAGS.think.closing}
-{TAGS.answer.opening} Salem {TAGS.answer.closing}
 
-Question: {{question}}
-{TAGS.think.opening}"""
+def make_prompt(*context: str) -> str:
+    """The examples, with the parts in `context` before the fact, and a question to answer."""
+    example = "".join([QUESTION, *context, ANSWER])
+    return "".join(example.format(**values) for values in EXAMPLES) + QUESTION
+
+
+# By file name: for the loop, and for the modes of evaluate.py that are no loop.
+PROMPTS = {
+    "prompt.txt": make_prompt(SEARCH, DOCUMENTS),
+    "prompt_single.txt": make_prompt(DOCUMENTS),
+    "prompt_closed_book.txt": make_prompt(),
+}
 
 # --------------------------------------------------------------------------------------------------
 # The model
@@ -299,7 +312,7 @@ def fetch_demo_model(out: Path) -> None:
 
 
 def make_demo(out: Path = Path("demo"), seed: int = 0) -> None:
-    """Fill a folder with model/, prompt.txt, passages.jsonl, train.jsonl and heldout.jsonl.
+    """Fill a folder with model/, prompts, passages.jsonl, train.jsonl and heldout.jsonl.
 
     What is there already stays.
 
@@ -314,8 +327,9 @@ def make_demo(out: Path = Path("demo"), seed: int = 0) -> None:
         if not path.exists():
             write_jsonl(path, records)
         print(f"{path}: {len(records)} records")
-    if not (out / "prompt.txt").exists():
-        write_text(out / "prompt.txt", PROMPT)
+    for name, prompt in PROMPTS.items():
+        if not (out / name).exists():
+            write_text(out / name, prompt)
     model = out / "model"
     if not model.exists():
         fetch_demo_model(model)

@@ -23,18 +23,29 @@ from rollout import Episode
 # --------------------------------------------------------------------------------------------------
 # plot
 
-PANELS = ("reward", "search_rate", "format_rate", "f1", "response_len", "sampler_gap")
+# Of these metrics the last two and those of evaluations are not in every line.
+PANELS = """
+    reward search_rate format_rate f1 response_len entropy log_prob_right sampler_gap
+""".split()
 
 
-def parse_panels(row: dict) -> dict:
-    """The plotted metrics of one line of `metrics.jsonl`; raises KeyError if one is missing."""
-    return {"id": row["step"], **{name: row[name] for name in PANELS}}
+def parse_step(row: dict) -> dict:
+    """A line of `metrics.jsonl` by its step; raises KeyError if it has none."""
+    return {**row, "id": row["step"]}
+
+
+def draw(axis, rows: list[dict], name: str, previous_steps: int, **style) -> None:
+    """Draw one metric of a run, in the steps that have it."""
+    points = [(previous_steps + row["id"], row[name]) for row in rows if name in row]
+    axis.plot(*zip(*points, strict=True) if points else ([], []), **style)
 
 
 def plot(
     runs: list[Path], evaluations: tuple[Path, ...] = (), out: Path = Path("curves.png")
 ) -> None:
     """Draw the training curves of runs, one after another, and print a table of evaluations.
+
+    Dots are of the validation questions.
 
     Args:
         runs: run folders of train.py, in order
@@ -48,16 +59,17 @@ def plot(
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 3, figsize=(12, 6), sharex=True, constrained_layout=True)
+    figure, axes = pyplot.subplots(2, 4, figsize=(15, 6), sharex=True, constrained_layout=True)
     previous_steps = 0
-    for folder in runs:
-        rows = read_jsonl(folder / "metrics.jsonl", parse_panels, "metrics")
-        steps = [previous_steps + row["id"] for row in rows]
+    for number, folder in enumerate(runs):
+        rows = read_jsonl(folder / "metrics.jsonl", parse_step, "metrics")
+        color = f"C{number}"
         for name, axis in zip(PANELS, axes.flat, strict=True):
-            axis.plot(steps, [row[name] for row in rows], label=folder.name)
+            draw(axis, rows, name, previous_steps, color=color, label=folder.name)
+            draw(axis, rows, f"eval_{name}", previous_steps, color=color, marker="o", linestyle=":")
             axis.set_title(name)
             axis.grid(alpha=0.3)
-        previous_steps = steps[-1]
+        previous_steps += rows[-1]["id"]
     axes[0, 0].legend()
     for axis in axes[1]:
         axis.set_xlabel("rollout batches")

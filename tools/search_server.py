@@ -1,6 +1,7 @@
 """Answer searches over HTTP, from an index or from the web, for `--retriever http://HOST:PORT`.
 
     python tools/search_server.py --index data/bm25 --port 8000
+    python tools/search_server.py --index data/bm25 --control oracle --questions q.jsonl
     SERPER_API_KEY=... python tools/search_server.py --web serper --port 8000
 
 POST /search, /queries (protocol of the official R1-Searcher) or /retrieve (of Search-R1): search.
@@ -27,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from records import MALFORMED, Passage, user_errors
 from retriever import Retriever, open_retriever, retriever_fingerprint
+from tools.control_search import open_control
 from tools.web_search import WebSearch
 
 MAX_BODY_BYTES = 4 << 20  # of a request; a longer one gets status 413
@@ -215,6 +217,8 @@ def serve(
     index: str | None = None,
     web: Literal["serper", "brave"] | None = None,
     rate: float | None = None,
+    control: Literal["oracle", "random"] | None = None,
+    questions: tuple[str, ...] = (),
     host: str = "127.0.0.1",
     port: int = 8000,
 ) -> None:
@@ -224,17 +228,25 @@ def serve(
         index: A passage file, an index folder or the URL of another search server.
         web: A web search engine instead; its key comes from the environment.
         rate: Requests a second to the web search engine; by default those of its smallest plan.
+        control: Instead of the best passages, those with a gold answer, or random ones.
+        questions: Question files with the answers that the oracle knows.
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
     """
     if (index is None) == (web is None):
         raise ValueError("give either --index or --web")
+    if control and web:
+        raise ValueError("--control needs --index")
+    if (control == "oracle") != bool(questions):
+        raise ValueError("--control oracle and --questions need each other")
     if not 0 <= port < 65536:
         raise ValueError(f"--port {port}: expected 0 to 65535")
 
     def open_source() -> tuple[str | None, Retriever]:
         if web:
             return f"{web}: web search, not repeatable", WebSearch(web, rate)
+        if control:
+            return open_control(control, index, questions)
         return retriever_fingerprint(index), open_retriever(index)
 
     run_server(open_source, host, port)

@@ -1,0 +1,190 @@
+"""The run folder of train.py: configuration, logs, checkpoints and the exported models.
+
+    config.json            the options of the run, and fingerprints of what they name
+    metrics.jsonl          one line a step
+    trajectories.jsonl     each step's first group of episodes
+    checkpoints/           the last two, and the one with the best evaluation (checkpoint.py)
+    model/                 a Hugging Face folder, written after the last step
+    model-best/            the same of the best evaluation, if the run evaluates
+
+Only rank 0 reads and writes here.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from checkpoint import EXPORT_STEP_FILE, Progress, list_checkpoints, newest_checkpoint, step_of
+from records import refuse_changed_settings, reraise_corrupt, write_jsonl, write_text
+from rollout import Episode
+from signals import best_evaluation
+
+SHOWN = ("reward", "search_rate", "format_rate", "f1", "eval_f1", "grad_norm")
+# Options that --resume may change: a step that both runs do has the same numbers but for rounding.
+MAY_CHANGE = {
+    "steps",
+    "save_every",
+    "eval_every",
+    "stop_on_collapse",
+    "collapse_evaluations",
+    "micro_batch_tokens",
+    "gradient_checkpointing",
+    "cpu_offload",
+    "gpu_memory_utilization",
+}
+
+
+class RunFolder:
+    """The files of one run.
+
+    Args:
+        path: the folder.
+        settings: JSON values by name, on which the run's numbers depend: its options, and
+            fingerprints of what they name.
+        logger: "tensorboard" or "wandb", to log there too.
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], logger: str | None = None):
+        self.path, self.settings, self.logger, self.board = path, settings, logger, None
+        self.on_rank0 = dist.get_rank() == 0
+
+    @contextmanager
+    def lock(self, resume: bool) -> Iterator[None]:
+        """Keep other processes out of the folder.
+
+        Raises:
+            ValueError: another process has locked it; it contains a run with other settings; or
+                it contains a run and `resume` is false.
+        """
+        if not self.on_rank0:
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        file_lock = FileLock(self.path / ".lock", timeout=0, fallback_to_soft=False)
+        try:
+            file_lock.acquire()
+        except Timeout:  # for one, ranks that outlived their torchrun
+            raise ValueError(f"{self.path}: another process is training in it") from None
+        except OSError:
+            pass  # a file system without locks
+        try:
+            self._refuse_another_run(resume)
+            yield
+        finally:
+            file_lock.release()
+
+    def _refuse_another_run(self, resume: bool) -> None:
+        if not any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+            return
+        if not resume:
+            raise ValueError(
+                f"{self.path}: holds a run already; give --resume to go on, or another --out"
+            )
+        file = self.path / "config.json"
+        with reraise_corrupt(file, "give another --out"):
+            before = dict(json.loads(file.read_text()))
+        refuse_changed_settings(file, before, self.settings, "give another --out", MAY_CHANGE)
+
+    def find_progress(self, resume: bool) -> tuple[Path | None, Progress, bool]:
+        """The checkpoint to go on from, its progress, and whether all models are exported.
+
+        Raises:
+            ValueError: the run is past its last step.
+        """
+        checkpoint, progress = None, Progress()
+        if resume:
+            checkpoint, progress = newest_checkpoint(self.path / "checkpoints")
+        steps = self.settings["steps"]
+        if progress.step > steps:
+            raise ValueError(
+                f"{self.path}: the run is at step {progress.step}, past --steps {steps}; "
+                "give another --out"
+            )
+        wanted = {"model": steps}
+        best = best_evaluation(progress.evaluations)
+        if best is not None:
+            wanted["model-best"] = best["step"]
+        exported = {}
+        for name in wanted:
+            file = self.path / name / EXPORT_STEP_FILE
+            exported[name] = int(file.read_text()) if file.exists() else None
+        finished = [progress.step == steps and exported == wanted]
+        dist.broadcast_object_list(finished)  # what rank 0 sees
+        return checkpoint, progress, finished[0]
+
+    def begin(self, step: int) -> None:
+        """Write the configuration, and remove what a run that died has left after `step`.
+
+        These are log lines, and checkpoints that are damaged: the run will write them again.
+
+        Raises:
+            ValueError: a log is damaged.
+        """
+        if not self.on_rank0:
+            return
+        write_text(self.path / "config.json", json.dumps(self.settings, indent=1))
+        for name in ("metrics.jsonl", "trajectories.jsonl"):
+            file = self.path / name
+            if file.exists():
+                with reraise_corrupt(file):
+                    # What follows the last line end is empty, or a line that was being written.
+                    *lines, _ = file.read_text(encoding="utf-8").split("\n")
+                    logged = [json.loads(line) for line in lines]
+                    kept = [record for record in logged if record["step"] <= step]
+                write_jsonl(file, kept)
+        for checkpoint in list_checkpoints(self.path / "checkpoints"):
+            if step_of(checkpoint) > step:
+                shutil.rmtree(checkpoint)
+        if self.logger == "wandb":
+            import wandb
+
+            wandb.init(
+                project="nanosearcher",
+                name=self.path.name,
+                config=self.settings,
+                dir=self.path,
+                sync_tensorboard=True,
+            )
+        if self.logger:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(self.path)
+
+    def log(self, metrics: dict[str, float], episodes: list[Episode]) -> None:
+        """Append a step's metrics and some of its episodes, and print the main metrics.
+
+        They are on the disk before the step's checkpoint.
+        """
+        if not self.on_rank0:
+            return
+        trajectories = [{"step": metrics["step"]} | asdict(e) for e in episodes]
+        records = {"metrics.jsonl": [metrics], "trajectories.jsonl": trajectories}
+        for name in records:
+            file = self.path / name
+            try:
+                with open(file, "a", encoding="utf-8") as stream:
+                    for record in records[name]:
+                        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+                    stream.flush()
+                    os.fsync(stream.fileno())
+            except OSError as error:
+                raise OSError(f"{file}: cannot be written ({error})") from None
+        if self.board is not None:
+            for name, value in metrics.items():
+                self.board.add_scalar(name, value, metrics["step"])
+        values = "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics)
+        self.print_rank0(f"step {metrics['step']:4d}  {values}")
+
+    def print_rank0(self, line: str) -> None:
+        """Print above the progress bars."""
+        if self.on_rank0:
+            tqdm.write(line)

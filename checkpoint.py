@@ -39,7 +39,7 @@ class Progress:
     updates: int = 0  # optimiser steps done
     consecutive_skipped: int = 0  # updates skipped since the last one that was done
     evaluations: list[dict] = field(default_factory=list)  # see signals.py
-    probe: list[dict] = field(default_factory=list)  # episodes, see `signals.extend_probe`
+    probe: list[dict] = field(default_factory=list)  # sequences, see `signals.extend_probe`
 
     def after_step(self, metrics: dict[str, float], probe: list[dict]) -> "Progress":
         """How far the run is after the step that gave these metrics."""
@@ -136,16 +136,22 @@ def create_moments(optimizer: torch.optim.Optimizer, updates: int) -> None:
                 optimizer.state[parameter][moment] = torch.zeros_like(parameter)
 
 
-def training_state(policy: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Shard]:
-    """This rank's shards of parameters and Adam's moments by name, as they stand in memory."""
+def training_state(
+    policy: nn.Module, optimizer: torch.optim.Optimizer | None = None
+) -> dict[str, Shard]:
+    """This rank's shards of parameters, and of Adam's moments if its optimiser is given.
+
+    They stand in memory as they are: what is read into them is trained on.
+    """
     state = {}
     for name, parameter in policy.named_parameters():
         (place,) = parameter.__create_chunk_list__()  # where the shard is in the whole tensor
         first, *_ = place.offsets
         state[f"model.{name}"] = Shard(first, parameter.detach().to_local())
-        for moment in MOMENTS:
-            rows = optimizer.state[parameter][moment].to_local()
-            state[f"{moment}.{name}"] = Shard(first, rows)
+        if optimizer is not None:
+            for moment in MOMENTS:
+                rows = optimizer.state[parameter][moment].to_local()
+                state[f"{moment}.{name}"] = Shard(first, rows)
     return state
 
 
@@ -211,11 +217,20 @@ def save_checkpoint(
         if rank == 0:
             fsync_and_rename(partial, whole)
     if rank == 0:
-        best = best_evaluation(progress.evaluations)
-        for old in list_checkpoints(folder)[:-KEEP_CHECKPOINTS]:
-            if best is None or step_of(old) != best["step"]:
-                shutil.rmtree(old)
+        remove_old_checkpoints(folder, progress.evaluations)
     dist.barrier()
+
+
+def remove_old_checkpoints(folder: Path, evaluations: list[dict]) -> None:
+    """Keep the last KEEP_CHECKPOINTS, and the best of the evaluations until each of them."""
+    kept = {step_of(path) for path in list_checkpoints(folder)[-KEEP_CHECKPOINTS:]}
+    for step in list(kept):
+        best = best_evaluation([each for each in evaluations if each["step"] <= step])
+        if best is not None:
+            kept.add(best["step"])
+    for path in list_checkpoints(folder):
+        if step_of(path) not in kept:
+            shutil.rmtree(path)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -227,18 +242,21 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name[len("step_") :].partition("-")[0])
 
 
-def newest_checkpoint(folder: Path) -> tuple[Path | None, Progress]:
+def newest_checkpoint(folder: Path, step: int | None = None) -> tuple[Path | None, Progress]:
     """The newest checkpoint that is whole; damaged ones that are newer are named.
 
     The ranks share the files of a checkpoint out among themselves, to read them side by side.
 
+    Args:
+        step: consider only the checkpoint of this step; None is returned if it is not whole.
     Raises:
         ValueError: there are checkpoints and none is whole. To begin anew would lose the run's log.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
     listed: list[Any] = [None]
     if rank == 0:  # a network file system may show another rank an old folder
-        listed = [[(path, sorted(path.iterdir())) for path in list_checkpoints(folder)]]
+        paths = [path for path in list_checkpoints(folder) if step in (None, step_of(path))]
+        listed = [[(path, sorted(path.iterdir())) for path in paths]]
     dist.broadcast_object_list(listed)
     (checkpoints,) = listed
     for path, files in reversed(checkpoints):
@@ -247,8 +265,9 @@ def newest_checkpoint(folder: Path) -> tuple[Path | None, Progress]:
             with reraise_corrupt(path, "give another --out"):
                 return path, Progress(**json.loads((path / "progress.json").read_text()))
         if rank == 0:
-            print(f"train.py: {path} is damaged; the one before it is used", file=sys.stderr)
-    if checkpoints:
+            instead = "; the one before it is used" if step is None else ""
+            print(f"train.py: {path} is damaged{instead}", file=sys.stderr)
+    if checkpoints and step is None:
         raise ValueError(f"{folder}: no checkpoint there is whole; give another --out")
     return None, Progress()
 
@@ -261,13 +280,9 @@ def load_checkpoint(
     read_shards(path, training_state(policy, optimizer))
 
 
-def load_parameters(
-    folder: Path, step: int, policy: nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
-    """Read the parameters alone, from the checkpoint of the step among those in the folder."""
-    (path,) = [each for each in list_checkpoints(folder) if step_of(each) == step]
-    state = training_state(policy, optimizer)
-    read_shards(path, {name: state[name] for name in state if name.startswith("model.")})
+def load_parameters(path: Path, policy: nn.Module) -> None:
+    """Read the parameters alone."""
+    read_shards(path, training_state(policy))
 
 
 # --------------------------------------------------------------------------------------------------

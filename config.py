@@ -34,13 +34,13 @@ class Config:
     updates_per_rollout: int = 4  # optimiser steps per rollout batch: 1024 / 256 (official scripts)
     reward: Literal[tuple(REWARDS)] = "stage1"  # reward function (reward.py)
     algorithm: Literal[tuple(ALGORITHMS)] = "reinforce++"  # advantage estimator (reinforce_pp.py)
-    learning_rate: float = 2e-6  # of AdamW, constant (paper, section 3.3)
+    learning_rate: float = 2e-6  # of AdamW, constant after --warmup (paper, section 3.3)
     warmup: int = 0  # optimiser steps in which the learning rate rises to its value
     kl_coef: float = 0.0  # beta; above 0 a reference model is loaded (0 for Qwen, 1e-4 for Llama)
     kl_mode: Literal["reward", "k2", "k3"] = "reward"  # k1 in the reward, or k2 / k3 as a loss
     clip_eps: float = 0.2  # clip range of the ratio
-    clip_eps_high: float | None = None  # its upper end (DAPO: 0.28); None: clip_eps
-    mask_truncated: bool = False  # no gradient from episodes without tokens left or a real query
+    clip_eps_high: float | None = None  # upper end of the clip range (DAPO: 0.28); None: clip_eps
+    mask_truncated: bool = False  # no gradient from episodes out of tokens or with an empty query
     sampler_clip: float = 2.0  # sampler correction within [1/c, c]; 0 switches it off
     sampler_mask: float = 0.0  # no gradient from sequences whose mean ratio leaves [1/c, c]; 0 off
     temperature: float = 1.0  # of sampling, applied to the trainer's logits too (paper)
@@ -53,9 +53,9 @@ class Config:
     gradient_checkpointing: bool = True  # recompute activations in the backward pass
     cpu_offload: bool = False  # keep parameters and optimiser states in host memory
     gpu_memory_utilization: float = 0.5  # the engine's share of the GPU while it is awake
-    save_every: int = 10  # rollout batches between checkpoints; 0 only at the end
-    eval_every: int = 0  # rollout batches between evaluations on --eval_questions; 0 never
-    stop_on_collapse: float = 0.0  # end if log_prob_right stays so much below its best; 0 never
+    save_every: int = 10  # rollout batches between checkpoints; 0: after evaluations and at the end
+    eval_every: int = 0  # rollout batches between evaluations, which save a checkpoint; 0 never
+    stop_on_collapse: float = 0.0  # end if log_prob_right stays more nats below its best; 0 never
     collapse_evaluations: int = 2  # for so many evaluations in a row
 
 

@@ -57,8 +57,6 @@ from reward import METRICS, PROMPTS, best, contiguous_match
 
 # Raise the version when the same model would get other numbers.
 PROTOCOL_VERSION = 4
-# Searches of a question in the modes that are no loop.
-MAX_SEARCHES = {"single": 1, "closed_book": 0}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +65,9 @@ class Evaluation(Inference):
 
     questions: list[str]  # question files (JSONL)
     out: Path  # folder for transcripts.jsonl and metrics.json
-    # search: the loop of training, in which the model asks
-    # single: one search, for the question itself, then the answer
-    # closed_book: no search; nothing is retrieved
+    # search: the loop of training, in which the model asks;
+    # single: one search, for the question itself, then the answer;
+    # closed_book: no search (single and closed_book set --max_searches)
     mode: Literal["search", "single", "closed_book"] = "search"
     retriever: str | None = None  # as in training; a closed book has none
     limit: int = 0  # answer only the first so many questions of each file; 0 is all
@@ -91,7 +89,7 @@ def apply_mode(evaluation: Evaluation) -> Evaluation:
     variant = f"{evaluation.prompt_file}_{mode}"
     return replace(
         evaluation,
-        max_searches=MAX_SEARCHES[mode],
+        max_searches=1 if mode == "single" else 0,
         prompt_file=variant if variant in PROMPTS else evaluation.prompt_file,
         retriever=None if mode == "closed_book" else evaluation.retriever,
     )

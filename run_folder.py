@@ -7,7 +7,7 @@
     model/                 a Hugging Face folder, written after the last step
     model-best/            the same of the best evaluation, if the run evaluates
 
-Only rank 0 reads and writes here.
+Only rank 0 writes here.
 """
 
 import json
@@ -24,11 +24,13 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from checkpoint import EXPORT_STEP_FILE, Progress, list_checkpoints, newest_checkpoint, step_of
+from config import Config
 from records import refuse_changed_settings, reraise_corrupt, write_jsonl, write_text
 from rollout import Episode
-from signals import best_evaluation
+from signals import best_evaluation, find_collapse
 
-SHOWN = ("reward", "search_rate", "format_rate", "f1", "eval_f1", "grad_norm")
+# Metrics of a step that are printed too.
+SHOWN = ("reward", "search_rate", "format_rate", "f1", "grad_norm", "eval_reward")
 # Options that --resume may change: a step that both runs do has the same numbers but for rounding.
 MAY_CHANGE = {
     "steps",
@@ -91,7 +93,8 @@ class RunFolder:
             )
         file = self.path / "config.json"
         with reraise_corrupt(file, "give another --out"):
-            before = dict(json.loads(file.read_text()))
+            # A run that was begun before there was an option had its default.
+            before = asdict(Config()) | json.loads(file.read_text())
         refuse_changed_settings(file, before, self.settings, "give another --out", MAY_CHANGE)
 
     def find_progress(self, resume: bool) -> tuple[Path | None, Progress, bool]:
@@ -109,17 +112,26 @@ class RunFolder:
                 f"{self.path}: the run is at step {progress.step}, past --steps {steps}; "
                 "give another --out"
             )
-        wanted = {"model": steps}
+        is_over = progress.step == steps or self.find_collapse(progress) != ""
+        finished = [is_over and self._is_exported(progress)]
+        dist.broadcast_object_list(finished)  # what rank 0 sees
+        return checkpoint, progress, finished[0]
+
+    def find_collapse(self, progress: Progress) -> str:
+        """Why --stop_on_collapse ends the run; empty if it does not."""
+        drop = self.settings["stop_on_collapse"]
+        return find_collapse(progress.evaluations, drop, self.settings["collapse_evaluations"])
+
+    def _is_exported(self, progress: Progress) -> bool:
+        wanted = {"model": progress.step}
         best = best_evaluation(progress.evaluations)
         if best is not None:
             wanted["model-best"] = best["step"]
-        exported = {}
-        for name in wanted:
+        for name, step in wanted.items():
             file = self.path / name / EXPORT_STEP_FILE
-            exported[name] = int(file.read_text()) if file.exists() else None
-        finished = [progress.step == steps and exported == wanted]
-        dist.broadcast_object_list(finished)  # what rank 0 sees
-        return checkpoint, progress, finished[0]
+            if not file.exists() or file.read_text() != str(step):
+                return False
+        return True
 
     def begin(self, step: int) -> None:
         """Write the configuration, and remove what a run that died has left after `step`.

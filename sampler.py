@@ -93,10 +93,10 @@ class Sampler:
         mine = self.eval_questions[self.rank :: self.world]
         reward = self.config.reward
         self.rollout.limits = dataclasses.replace(sampling, temperature=0.0)
-        try:
-            answered = list(answer_questions(self.rollout, self.encode, mine, reward=reward))
-        finally:
-            self.rollout.limits = sampling
+        answered = list(answer_questions(self.rollout, self.encode, mine, reward=reward))
+        self.rollout.limits = sampling
         self.engine.sleep()
-        records = [record for share in gather(answered) for record in share]
-        return {f"eval_{name}": value for name, value in summarize(records).items()}
+        records = {record["id"]: record for share in gather(answered) for record in share}
+        # A sum depends on its order: not that in which episodes finish.
+        in_order = [records[question["id"]] for question in self.eval_questions]
+        return {f"eval_{name}": value for name, value in summarize(in_order).items()}

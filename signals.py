@@ -7,7 +7,6 @@ last checkpoint is the worst. A signal that has no data yet is left out of the m
 Shapes: B episodes, T tokens, N tokens that were trained on.
 """
 
-import dataclasses
 import math
 
 import numpy as np
@@ -25,9 +24,8 @@ def extend_probe(probe: list[dict], episodes: list[Episode]) -> list[dict]:
     right = []
     for e in episodes:
         if e.rewards["em"] == 1 and e.rewards["failed_rule"] is None:
-            right.append(e)
-    room = PROBE_SIZE - len(probe)
-    return probe + [dataclasses.asdict(e) for e in right[:room]]
+            right.append({"token_ids": e.token_ids, "action_mask": e.action_mask})
+    return probe + right[: PROBE_SIZE - len(probe)]
 
 
 def of_episodes(episodes: list[Episode]) -> dict[str, float]:
@@ -82,7 +80,7 @@ def best_evaluation(evaluations: list[dict]) -> dict | None:
 
 
 def note_evaluation(evaluations: list[dict], metrics: dict[str, float]) -> list[dict]:
-    """The evaluations with that of a step's metrics, if the step was evaluated."""
+    """`evaluations`, with that of these metrics appended if their step was evaluated."""
     if "eval_reward" not in metrics:
         return evaluations
     names = ("step", "eval_reward", "log_prob_right")
@@ -90,9 +88,9 @@ def note_evaluation(evaluations: list[dict], metrics: dict[str, float]) -> list[
 
 
 def find_collapse(evaluations: list[dict], drop: float, count: int) -> str:
-    """A sentence if `log_prob_right` stayed more than `drop` below its best in the last `count`.
+    """Says so if `log_prob_right` stayed more than `drop` below its best for `count` evaluations.
 
-    The sentence is empty if it did not, and if `drop` is 0.
+    These are the last ones. Empty if it did not, and if `drop` is 0.
     """
     values = [each["log_prob_right"] for each in evaluations if "log_prob_right" in each]
     best = max(values, default=0.0)

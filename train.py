@@ -27,7 +27,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import signals
-from checkpoint import Progress, export, load_checkpoint, load_parameters, save_checkpoint
+from checkpoint import (
+    Progress,
+    export,
+    load_checkpoint,
+    load_parameters,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from config import Config, parse_arguments
 from inference import describe_inputs
 from metrics import episode_record, summarize
@@ -108,7 +115,7 @@ def make_batch(episodes: list[Episode], samples: int, device: torch.device) -> B
 
 
 def learning_rate(config: Config, updates: int) -> float:
-    """Of the update that follows so many; it rises linearly over the first `warmup` updates."""
+    """Learning rate of the update that follows `updates` of them: it rises during the warm-up."""
     return config.learning_rate * min(1.0, (updates + 1) / max(1, config.warmup))
 
 
@@ -192,7 +199,8 @@ class Trainer:
             batch.old_log_probs = self.log_probs(self.policy, batch, batch.with_loss())
         if config.sampler_mask:
             ratio = sequence_ratio(batch.old_log_probs, batch.sampler_log_probs, batch.loss_mask)
-            is_far = (ratio < 1 / config.sampler_mask) | (ratio > config.sampler_mask)
+            is_near = (ratio >= 1 / config.sampler_mask) & (ratio <= config.sampler_mask)
+            is_far = ~is_near  # also where the ratio is not a number
             batch.loss_mask[is_far] = False
             metrics["sampler_mask_frac"] = is_far.double().mean().item()
         if self.reference is not None:
@@ -206,7 +214,7 @@ class Trainer:
         batch.has_gradient = needed.any(1).tolist()
         if batch.on_policy and config.updates_per_rollout > 1:
             batch.on_policy = False
-            chosen = [i for i in batch.with_loss() if batch.has_gradient[i]]
+            chosen = [i for i, has in enumerate(batch.has_gradient) if has]
             batch.old_log_probs = self.log_probs(self.policy, batch, chosen)
         return metrics | signals.of_advantages(batch.rewards, batch.advantages, batch.loss_mask)
 
@@ -231,7 +239,7 @@ class Trainer:
                 old,
                 batch.advantages[index],
                 config.clip_eps,
-                config.clip_eps if config.clip_eps_high is None else config.clip_eps_high,
+                config.clip_eps_high or config.clip_eps,
                 sampler_log_probs if config.sampler_clip else None,
                 config.sampler_clip,
             )
@@ -308,7 +316,11 @@ class Trainer:
         """Mean log-probability a token of the probe under the policy, once the probe is whole."""
         if len(probe) < signals.PROBE_SIZE:
             return {}
-        batch = make_batch([Episode(**record) for record in probe], 1, self.device)
+        episodes = []
+        for sequence in probe:
+            unused = {"log_probs": [0.0] * len(sequence["token_ids"]), "rewards": {"reward": 0.0}}
+            episodes.append(Episode({}, [], **sequence, **unused))
+        batch = make_batch(episodes, 1, self.device)
         log_probs = self.log_probs(self.policy, batch, batch.with_loss())
         return {"log_prob_right": log_probs[batch.action_mask].mean().item()}
 
@@ -324,13 +336,13 @@ def train(config: Config, out: Path, resume: bool = False, logger: str | None = 
     if dist.get_rank() == 0:
         settings |= describe_inputs(config)
         settings["questions_fingerprint"] = fingerprint(config.questions)
-        if config.eval_questions:
+        if config.eval_every:
             settings["eval_questions_fingerprint"] = fingerprint(config.eval_questions)
     run = RunFolder(out, settings, logger)
     with run.lock(resume):
         checkpoint, progress, finished = run.find_progress(resume)
         if finished:
-            run.print_rank0(f"{out}: finished at step {config.steps}; the model is {out / 'model'}")
+            run.print_rank0(f"{out}: finished at step {progress.step}; see {out / 'model'}")
             return
         refuse_unsupported(config.model, config.max_context)
         sampler = Sampler(config)  # the engine first: it takes what it needs of an empty GPU
@@ -344,8 +356,7 @@ def train(config: Config, out: Path, resume: bool = False, logger: str | None = 
         run.begin(progress.step)
         left = range(progress.step, config.steps)
         for _ in tqdm(left, "steps", config.steps, initial=progress.step, disable=trainer.rank > 0):
-            drop, count = config.stop_on_collapse, config.collapse_evaluations
-            collapse = signals.find_collapse(progress.evaluations, drop, count)
+            collapse = run.find_collapse(progress)
             if collapse:
                 run.print_rank0(f"stopped: {collapse}; use {out / 'model-best'}")
                 break
@@ -355,16 +366,23 @@ def train(config: Config, out: Path, resume: bool = False, logger: str | None = 
 
 def export_models(trainer: Trainer, run: RunFolder, progress: Progress) -> None:
     """Export the model of the last step, and the one with the best evaluation."""
-    policy, source = trainer.policy, trainer.config.model
-    out = run.path / "model"
-    export(policy.lm, whole_parameters(policy), source, out, progress.step)
-    run.print_rank0(f"metrics: {run.path / 'metrics.jsonl'}\nmodel: {out}")
+
+    def write(name: str, step: int) -> None:
+        out = run.path / name
+        parameters = whole_parameters(trainer.policy)
+        export(trainer.policy.lm, parameters, trainer.config.model, out, step)
+        run.print_rank0(f"{name}: {out}, of step {step}")
+
+    write("model", progress.step)
     best = signals.best_evaluation(progress.evaluations)
     if best is not None:
-        out = run.path / "model-best"
-        load_parameters(run.path / "checkpoints", best["step"], policy, trainer.optimizer)
-        export(policy.lm, whole_parameters(policy), source, out, best["step"])
-        run.print_rank0(f"best model: {out}, step {best['step']}, reward {best['eval_reward']:.3f}")
+        checkpoint, _ = newest_checkpoint(run.path / "checkpoints", best["step"])
+        if checkpoint is None:
+            run.print_rank0(f"the best checkpoint, of step {best['step']}, is lost: no model-best")
+        else:
+            load_parameters(checkpoint, trainer.policy)
+            write("model-best", best["step"])
+    run.print_rank0(f"metrics: {run.path / 'metrics.jsonl'}")
 
 
 def iterate(sampler: Sampler, trainer: Trainer, run: RunFolder, progress: Progress) -> Progress:

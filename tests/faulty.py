@@ -24,6 +24,8 @@ from transformers import PreTrainedConfig
 import checkpoint
 import records
 import run_folder
+import sampler
+import signals
 import train
 from policy import abort_process
 from rollout import Rollout
@@ -60,7 +62,7 @@ class Point(NamedTuple):
 
 POINTS = {
     "rollout": Point(Rollout, "_absorb"),
-    "gather": Point(train, "gather"),
+    "gather": Point(sampler, "gather"),
     "backward": Point(train.Trainer, "backward"),
     "update": Point(train.nn.utils, "clip_grad_norm_"),
     "log": Point(run_folder.RunFolder, "log"),
@@ -98,6 +100,7 @@ def inject(point: str, count: int, death: str) -> None:
 
 if __name__ == "__main__":
     point, count, rank, death, *arguments = sys.argv[1:]
+    signals.PROBE_SIZE = 4  # so that the runs of the tests have a probe
     if os.environ.get("RANK", "0") == rank:
         inject(point, int(count), death)
     try:

@@ -269,17 +269,25 @@ TWO_RANKS = [("update", 2, 1), ("shard written", 40, 1)]
 
 @pytest.mark.parametrize(("ranks", "kills"), [(1, ONE_RANK), (2, TWO_RANKS)])
 def test_killed_again_and_again_a_run_ends_as_one_that_was_not(world, ranks, kills):
-    """-9 amid weight sync, update, checkpoint and export; benchmarks/faults.py has more points."""
-    assert torchrun(ranks, *command(world, "unbroken")).returncode == 0
+    """-9 amid weight sync, update, checkpoint and export; benchmarks/faults.py has more points.
+
+    The run evaluates, so that its probe and its best model are resumed too.
+    """
+    config = dataclasses.replace(world, steps=4, eval_every=1, eval_questions="q.jsonl")
+    never = ("update", 99, 0, "kill")
+    assert faulty(ranks, *never, *command(config, "unbroken")).returncode == 0
     for kill in kills:
-        result = faulty(ranks, *kill, "kill", *command(world, "killed", "--resume"))
+        result = faulty(ranks, *kill, "kill", *command(config, "killed", "--resume"))
         assert "Signal 9" in result.stderr, kill
-    assert torchrun(ranks, *command(world, "killed", "--resume")).returncode == 0
+    assert faulty(ranks, *never, *command(config, "killed", "--resume")).returncode == 0
     assert metrics_of("killed") == metrics_of("unbroken")
+    assert all("log_prob_right" in row for row in metrics_of("killed")[1:])
     assert model_of("killed") == model_of("unbroken")
+    best = "model-best/model.safetensors"
+    assert Path("killed", best).read_bytes() == Path("unbroken", best).read_bytes()
     assert equal_states(state_of("killed"), state_of("unbroken"))
     kept = [name[: len("step_000000")] for name in checkpoint_names("killed")]
-    assert kept[-2:] == ["step_000002", "step_000003"]
+    assert kept[-2:] == ["step_000003", "step_000004"]
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ IMPORTS = {
     "packing": set(),
     "signals": {"rollout"},
     "checkpoint": {"policy", "records", "signals"},
-    "run_folder": {"checkpoint", "records", "rollout", "signals"},
+    "run_folder": {"checkpoint", "config", "records", "rollout", "signals"},
     "bm25": {"records"},
     "dense": {"records"},
     "search_client": {"records"},

@@ -171,7 +171,7 @@ def test_a_resumed_run_keeps_its_best(evaluated):
     assert best_of("a") == first and first[0] == "1"
     evaluated("a", 6, [9, 9, 9, 9, 9, 1.0], resume=True)
     assert best_of("a")[0] == "6"
-    assert [checkpoint.step_of(Path(name)) for name in checkpoint_names("a")] == [5, 6]
+    assert [checkpoint.step_of(Path(name)) for name in checkpoint_names("a")] == [1, 5, 6]
 
 
 def test_a_run_that_was_killed_between_its_exports_makes_up_for_it(evaluated):
@@ -180,6 +180,36 @@ def test_a_run_that_was_killed_between_its_exports_makes_up_for_it(evaluated):
     shutil.rmtree("a/model-best")
     evaluated("a", 3, [0.9, 0.1, 0.2], resume=True)
     assert best_of("a") == best
+
+
+def test_a_damaged_best_checkpoint_is_named_and_not_exported(evaluated, capsys):
+    evaluated("a", 3, [0.9, 0.1, 0.2])
+    last = model_of("a")
+    shutil.rmtree("a/model-best")
+    (best,) = Path("a/checkpoints").glob("step_000001-*")
+    (best / "progress.json").write_text("{}")
+    evaluated("a", 3, [0.9, 0.1, 0.2], resume=True)
+    assert model_of("a") == last and not Path("a/model-best").exists()
+    assert "the best checkpoint, of step 1, is lost: no model-best" in capsys.readouterr().out
+
+
+def test_where_the_newest_checkpoint_is_damaged_the_best_before_it_is_still_there(evaluated):
+    evaluated("a", 3, [0.5, 0.1, 0.9])
+    (newest,) = Path("a/checkpoints").glob("step_000003-*")
+    (newest / "progress.json").write_text("{}")
+    evaluated("a", 3, [0.5, 0.1, 0.2], resume=True)
+    assert best_of("a")[0] == "1"
+
+
+def test_a_run_from_before_there_was_an_option_goes_on(world):
+    train.train(steps(world, 1), Path("a"))
+    settings = json.loads(Path("a/config.json").read_text())
+    del settings["warmup"], settings["sampler_mask"]
+    Path("a/config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="warmup 0, not 3"):
+        train.train(dataclasses.replace(world, warmup=3), Path("a"), resume=True)
+    train.train(world, Path("a"), resume=True)
+    assert len(metrics_of("a")) == 3
 
 
 def test_validation_questions_that_have_changed_are_refused(world):
@@ -216,8 +246,9 @@ def test_a_collapse_stops_the_run_after_its_checkpoint_if_asked(world, monkeypat
     assert checkpoint.newest_checkpoint(Path("a/checkpoints"))[1].step == len(rows)
     assert best_of("a")[0] == "1" and model_of("a") != best_of("a")[1]
 
-    train.train(config, Path("a"), resume=True)  # it stays stopped
-    assert metrics_of("a") == rows
+    with monkeypatch.context() as patch:  # it stays stopped, and ends at once
+        patch.setattr(train, "Sampler", None)
+        train.train(config, Path("a"), resume=True)
     train.train(dataclasses.replace(config, stop_on_collapse=0.0), Path("a"), resume=True)
     assert len(metrics_of("a")) == 9
 

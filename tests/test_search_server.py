@@ -166,6 +166,13 @@ def test_the_oracle_finds_only_passages_that_hold_an_answer_in_one_piece(films):
     assert oracle.stop()[0] == 0
 
 
+def test_the_oracle_knows_the_answers_of_all_files_to_a_question(films):
+    write_jsonl(films / "more.jsonl", [{"id": 0, "question": "Salem?", "answers": ["Nobody"]}])
+    questions = [str(films / "q.jsonl"), str(films / "more.jsonl")]
+    _, oracle = open_control("oracle", str(films / "c.jsonl"), questions)
+    assert {passage["id"] for passage in oracle.search(["Salem?"], 4)[0]} == HOLDING["Salem?"]
+
+
 def test_random_passages_are_those_of_the_query(films):
     drawn = []
     for _ in range(2):

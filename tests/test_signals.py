@@ -1,7 +1,5 @@
 """Each signal against a value computed by hand."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import tensor
@@ -49,14 +47,18 @@ def test_signals_of_the_sampler():
     assert "sampler_clip_frac" not in signals.of_sampler(signed, sampler_clip=0.0)
 
 
+def sequence(e: Episode) -> dict:
+    return {"token_ids": e.token_ids, "action_mask": e.action_mask}
+
+
 def test_the_probe_holds_the_first_right_trajectories_and_never_changes_again(monkeypatch):
     monkeypatch.setattr(signals, "PROBE_SIZE", 3)
-    right = [episode([-float(number)]) for number in range(5)]
+    right = [episode([-1.0] * (number + 1)) for number in range(5)]
     wrong = [episode([-9.0], em=0), episode([-9.0], failed_rule="one_think")]
     probe = signals.extend_probe([], [right[0], *wrong, right[1]])
-    assert probe == [dataclasses.asdict(e) for e in right[:2]]
+    assert probe == [sequence(e) for e in right[:2]]
     whole = signals.extend_probe(probe, right[2:])
-    assert whole == [dataclasses.asdict(e) for e in right[:3]]
+    assert whole == [sequence(e) for e in right[:3]]
     assert signals.extend_probe(whole, right) == whole
 
 

@@ -192,6 +192,15 @@ def test_a_sequence_far_from_the_sampler_gives_no_gradient(plain_trainer):
     assert trainer.compute_advantages(fresh)["sampler_mask_frac"] == 2 / 6
 
 
+def test_a_ratio_that_is_no_number_gives_no_gradient(plain_trainer):
+    episodes, trainer = make_episodes(2, 3), plain_trainer(sampler_mask=1.5)
+    sample_from_the_policy(trainer, episodes)
+    episodes[0].log_probs = [math.nan] * len(episodes[0].log_probs)
+    batch = train.make_batch(episodes, 3, CPU)
+    trainer.compute_advantages(batch)
+    assert batch.has_gradient == [False, True, True, True, True, True]
+
+
 def test_log_prob_right_is_the_mean_over_the_tokens_of_the_probe(
     model_folder, plain_trainer, monkeypatch
 ):
@@ -199,7 +208,7 @@ def test_log_prob_right_is_the_mean_over_the_tokens_of_the_probe(
     trainer, probe = plain_trainer(temperature=0.8), []
     for episode in make_episodes(2, 2):
         assert trainer.log_prob_right(probe) == {}
-        probe.append(dataclasses.asdict(episode))
+        probe.append({"token_ids": episode.token_ids, "action_mask": episode.action_mask})
     model, values = load_plain(model_folder).lm, []
     for record in probe:
         ids = record["token_ids"]

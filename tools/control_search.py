@@ -25,26 +25,28 @@ class Oracle:
 
     def __init__(self, retriever: Retriever, questions: list[dict]):
         self.retriever = retriever
-        self.questions = {question["question"]: question for question in questions}
-        self.index = TantivyBM25.build({"title": "", "text": text} for text in self.questions)
+        self.answers: dict[str, list[str]] = {}  # by question
+        for question in questions:
+            self.answers.setdefault(question["question"], []).extend(question["answers"])
+        self.index = TantivyBM25.build({"title": "", "text": text} for text in self.answers)
 
     def search(self, queries: list[str], k: int) -> list[list[Passage]]:
         """The first k passages with an answer; none if there is none or no question is near."""
         asked = [self._find_question(query) for query in queries]
-        texts = [" ".join([question["question"], *question["answers"]]) for question in asked]
+        texts = [" ".join([question, *self.answers.get(question, [])]) for question in asked]
         results = []
         found = self.retriever.search(texts, ORACLE_CANDIDATES)
         for question, passages in zip(asked, found, strict=True):
-            answers = question["answers"]
+            answers = self.answers.get(question, [])
             results.append([p for p in passages if holds_answer(p, answers)][:k])
         return results
 
-    def _find_question(self, query: str) -> dict:
-        if query in self.questions:
-            return self.questions[query]
-        for nearest in self.index.search([query], 1)[0]:
-            return self.questions[nearest["text"]]
-        return {"question": query, "answers": []}
+    def _find_question(self, query: str) -> str:
+        """The query itself where it is a question of the file, or where none is near."""
+        if query not in self.answers:
+            for nearest in self.index.search([query], 1)[0]:
+                return nearest["text"]
+        return query
 
 
 def holds_answer(passage: Passage, answers: list[str]) -> bool:

@@ -273,16 +273,18 @@ def newest_checkpoint(folder: Path, step: int | None = None) -> tuple[Path | Non
 
 
 def load_checkpoint(
-    path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer, progress: Progress
+    path: Path,
+    policy: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    progress: Progress = Progress(),
 ) -> None:
-    """Read parameters and moments; the checkpoint may be of another number of ranks."""
-    create_moments(optimizer, progress.updates)
+    """Read parameters, and moments if their optimiser is given with the checkpoint's progress.
+
+    The checkpoint may be of another number of ranks.
+    """
+    if optimizer is not None:
+        create_moments(optimizer, progress.updates)
     read_shards(path, training_state(policy, optimizer))
-
-
-def load_parameters(path: Path, policy: nn.Module) -> None:
-    """Read the parameters alone."""
-    read_shards(path, training_state(policy))
 
 
 # --------------------------------------------------------------------------------------------------

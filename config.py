@@ -55,7 +55,7 @@ class Config:
     gpu_memory_utilization: float = 0.5  # the engine's share of the GPU while it is awake
     save_every: int = 10  # rollout batches between checkpoints; 0: after evaluations and at the end
     eval_every: int = 0  # rollout batches between evaluations, which save a checkpoint; 0 never
-    stop_on_collapse: float = 0.0  # end if log_prob_right stays more nats below its best; 0 never
+    stop_on_collapse: float = 0.0  # end when log_prob_right stays this far below its best; 0 never
     collapse_evaluations: int = 2  # for so many evaluations in a row
 
 

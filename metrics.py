@@ -54,6 +54,12 @@ def mean_metrics(rows: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
 
 
+def group_by_dataset(records: list[dict]) -> dict[str, list[dict]]:
+    """The records of each dataset, by its name in alphabetical order."""
+    names = sorted({record["dataset"] for record in records})
+    return {name: [r for r in records if r["dataset"] == name] for name in names}
+
+
 def summarize(records: list[dict]) -> dict[str, float]:
     """Metrics that training logs of its episodes and of its evaluations.
 
@@ -68,8 +74,7 @@ def summarize(records: list[dict]) -> dict[str, float]:
     lengths = [record["response_len"] for record in records]
     for percent in LENGTH_PERCENTILES:
         metrics[f"response_len_p{percent}"] = float(np.percentile(lengths, percent))
-    for dataset in sorted({record["dataset"] for record in records}):
-        own = [record for record in records if record["dataset"] == dataset]
+    for dataset, own in group_by_dataset(records).items():
         for name in ("reward", "f1"):
             metrics[f"{name}_{dataset}"] = sum(record[name] for record in own) / len(own)
     return metrics
@@ -97,9 +102,8 @@ def measure_by_dataset(
 ) -> dict[str, dict]:
     """`measure` of each dataset and, where there are several, of all records as "all"."""
     results = {}
-    for dataset in sorted({record["dataset"] for record in records}):
-        own = [metrics_of(record) for record in records if record["dataset"] == dataset]
-        results[dataset] = measure(own)
+    for dataset, own in group_by_dataset(records).items():
+        results[dataset] = measure([metrics_of(record) for record in own])
     if len(results) > 1:
         results["all"] = measure([metrics_of(record) for record in records])
     return results

@@ -88,9 +88,9 @@ def note_evaluation(evaluations: list[dict], metrics: dict[str, float]) -> list[
 
 
 def find_collapse(evaluations: list[dict], drop: float, count: int) -> str:
-    """Says so if `log_prob_right` stayed more than `drop` below its best for `count` evaluations.
+    """A sentence if each of the last `count` evaluations has a collapsed `log_prob_right`.
 
-    These are the last ones. Empty if it did not, and if `drop` is 0.
+    That is one more than `drop` below its best. Otherwise, and if `drop` is 0, the empty string.
     """
     values = [each["log_prob_right"] for each in evaluations if "log_prob_right" in each]
     best = max(values, default=0.0)

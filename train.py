@@ -27,14 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import signals
-from checkpoint import (
-    Progress,
-    export,
-    load_checkpoint,
-    load_parameters,
-    newest_checkpoint,
-    save_checkpoint,
-)
+from checkpoint import Progress, export, load_checkpoint, newest_checkpoint, save_checkpoint
 from config import Config, parse_arguments
 from inference import describe_inputs
 from metrics import episode_record, summarize
@@ -380,7 +373,7 @@ def export_models(trainer: Trainer, run: RunFolder, progress: Progress) -> None:
         if checkpoint is None:
             run.print_rank0(f"the best checkpoint, of step {best['step']}, is lost: no model-best")
         else:
-            load_parameters(checkpoint, trainer.policy)
+            load_checkpoint(checkpoint, trainer.policy)
             write("model-best", best["step"])
     run.print_rank0(f"metrics: {run.path / 'metrics.jsonl'}")
 

@@ -3,8 +3,8 @@
 # make lint   set up, check style
 
 SEED ?= 0
-STEPS_1 ?= 8
-STEPS ?= 24
+STEPS_1 ?= 6
+STEPS ?= 16
 PYTHON ?= python3
 
 BIN := .venv/bin
@@ -15,7 +15,7 @@ DEMO := demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 DATA := --retriever $(DEMO)/passages.jsonl --prompt_file $(DEMO)/prompt.txt
 LIMITS := --documents_per_search 1 --max_searches 3 --max_turn_tokens 48 --max_context 768
 TRAIN = $(BIN)/torchrun --standalone --nproc-per-node 1 train.py --preset demo --resume --seed $(SEED) $(DATA) \
-	--questions $(DEMO)/train.jsonl
+	--questions $(DEMO)/train.jsonl --eval_questions $(DEMO)/validation.jsonl --eval_every 2
 EVALUATE = $(BIN)/python evaluate.py run --questions $(DEMO)/heldout.jsonl $(DATA) $(LIMITS)
 
 .PHONY: demo test lint
@@ -27,9 +27,10 @@ demo: .venv/installed
 	$(TRAIN) --stage 1 --steps $(STEPS_1) --model $(DEMO)/model --out $(DEMO)/stage1
 	$(EVALUATE) --model $(DEMO)/stage1/model --out $(DEMO)/eval-stage1-$(STEPS_1)
 	$(TRAIN) --stage 2 --steps $(STEPS) --model $(DEMO)/stage1/model --out $(DEMO)/stage2
-	$(EVALUATE) --model $(DEMO)/stage2/model --out $(DEMO)/eval-stage2-$(STEPS)
+	$(EVALUATE) --model $(DEMO)/stage2/model-best --out $(DEMO)/eval-stage2-$(STEPS)
 	$(BIN)/python tools/report.py plot --runs $(DEMO)/stage1 $(DEMO)/stage2 --out $(DEMO)/curves.png \
 		--evaluations $(DEMO)/eval-untrained $(DEMO)/eval-stage1-$(STEPS_1) $(DEMO)/eval-stage2-$(STEPS)
+	$(BIN)/python tools/report.py learning $(DEMO) --out $(DEMO)/learning.png
 	$(BIN)/python tools/report.py page $(DEMO)/stage1 $(DEMO)/stage2 $(DEMO)/eval-untrained $(DEMO)/eval-stage1-$(STEPS_1) \
 		$(DEMO)/eval-stage2-$(STEPS) --out $(DEMO)/report.html
 

@@ -92,10 +92,16 @@ PRESETS: dict[str, dict[int, dict[str, Any]]] = {
         2: LLAMA | STAGE_2 | {"prompts_per_step": 65, "steps": 126},
     },
     "demo": {
-        1: DEMO | {"reward": "stage1", "algorithm": "grpo", "steps": 8},
+        1: DEMO | {"reward": "stage1", "algorithm": "grpo", "steps": 6},
         # Not GRPO: from samples that agree on a wrong answer it learns nothing.
         2: DEMO
-        | {"model": "demo/stage1/model", "reward": "stage2", "temperature": 0.8, "steps": 24},
+        | {
+            "model": "demo/stage1/model",
+            "reward": "stage2",
+            "learning_rate": 3e-5,
+            "temperature": 0.8,
+            "steps": 16,
+        },
     },
 }
 

@@ -93,7 +93,7 @@ def size_of(path: Path) -> Size:
 GROUPS = {  # files, most lines, most tokens
     "the algorithm": ([f"{name}.py" for name in ALGORITHM], 1_655, 10_000),
     "all flat modules": ([f"{name}.py" for name in MODULES], 5_280, 29_750),
-    "tools": ([f"tools/{name}.py" for name in TOOLS], 1_030, None),
+    "tools": ([f"tools/{name}.py" for name in TOOLS], 1_300, None),
     "benchmarks": (
         sorted(f"benchmarks/{p.name}" for p in ROOT.glob("benchmarks/*.py")),
         1_210,

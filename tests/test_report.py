@@ -246,6 +246,32 @@ def test_plot(tmp_path, capsys):
     assert "metrics.jsonl:1" in refused(capsys, "plot", *runs)
 
 
+def test_learning_draws_means_and_ranges_over_seeds(tmp_path, monkeypatch, capsys):
+    name = "eval_f1_demo-1hop-who"
+    folders = [tmp_path / f"seed{seed}" for seed in range(3)]
+    for seed, folder in enumerate(folders):
+        for stage in report.STAGES:
+            (folder / stage).mkdir(parents=True)
+            rows = [{"step": step, "search_rate": 0.1 * step} for step in (1, 2, 3)]
+            rows[1][name] = 0.3 * seed
+            write_lines(folder / stage / "metrics.jsonl", rows)
+    runs, ends = zip(*map(report.read_stages, folders), strict=True)
+    assert ends == (3, 3, 3) and list(runs[0]) == [1, 2, 3, 4, 5, 6]
+
+    from matplotlib import pyplot
+
+    _, axis = pyplot.subplots()
+    report.draw_band(axis, runs, name, "who")
+    (line,), (band,) = axis.lines, axis.collections
+    assert line.get_xydata().tolist() == [[2, pytest.approx(0.3)], [5, pytest.approx(0.3)]]
+    corners = band.get_paths()[0].vertices
+    assert (corners[:, 1].min(), corners[:, 1].max()) == (0, 0.6)
+    out = tmp_path / "l.png"
+    report.main(["learning", *map(str, folders), "--out", str(out)])
+    assert out.read_bytes()[:4] == b"\x89PNG" and "l.png" in capsys.readouterr().out
+    assert "no folder" in refused(capsys, "learning")
+
+
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
 def test_in_a_browser(tmp_path):
     passages = [replace_surrogates(text) for text in HOSTILE]  # --dump-dom gives up on surrogates

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import tyro
@@ -15,8 +16,11 @@ import tyro
 # A script finds the modules beside it, and these lie one folder up.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from bm25 import BM25
 from records import Passage, user_errors, write_jsonl, write_text
 from reward import TAGS
+
+Search = Callable[[list[str], int], list[list[Passage]]]
 
 # --------------------------------------------------------------------------------------------------
 # The words
@@ -104,23 +108,26 @@ ONE_HOP = {
     ],
     "film": [("Who directed the film {}?", "person"), ("Where was the film {} shot?", "town")],
     "book": [("Who wrote the book {}?", "person"), ("Where was the book {} printed?", "town")],
-    "town": [("Who is the mayor of {}?", "person")],
+    "town": [("Who is the mayor of {}?", "person"), ("What is {} known for?", "goods")],
 }
+# A two-hop question leads from an entity to a person, and from the person's passage to the answer.
 TWO_HOP = {
     "company": [
-        ("Where was the founder of {} born?", "person", "town"),
+        ("Who is the founder of {} married to?", "person", "spouse"),
         ("What does the founder of {} work as?", "person", "trade"),
-        ("Who is the mayor of the town where {} is based?", "town", "person"),
+        ("Where was the founder of {} born?", "person", "town"),
     ],
     "film": [
-        ("Where was the director of the film {} born?", "person", "town"),
         ("Who is the director of the film {} married to?", "person", "spouse"),
+        ("What does the director of the film {} work as?", "person", "trade"),
+        ("Where was the director of the film {} born?", "person", "town"),
     ],
     "book": [
-        ("Where was the author of the book {} born?", "person", "town"),
+        ("Who is the author of the book {} married to?", "person", "spouse"),
         ("What does the author of the book {} work as?", "person", "trade"),
+        ("Where was the author of the book {} born?", "person", "town"),
     ],
-    "person": [("Who is the mayor of the town where {} was born?", "town", "person")],
+    "person": [],
     "town": [],
 }
 
@@ -169,40 +176,60 @@ class World:
             passages.append({"title": entity["name"], "text": text})
         return passages
 
-    def questions(self, templates: dict[str, list[tuple]], dataset: str) -> list[dict]:
-        """All questions that the templates make, in random order, without ids."""
-        questions = []
+    def questions(self, templates: dict[str, list[tuple]], hops: str) -> dict[str, list[dict]]:
+        """All questions that the templates make, in random order, by their first word."""
+        questions = {"Who": [], "What": [], "Where": []}
         for name, entity in self.entities.items():
             for template, *attributes in templates[entity["kind"]]:
                 answer = name
                 for attribute in attributes:
                     answer = self.entities[answer][attribute]
-                text = template.format(name)
-                questions.append({"question": text, "answers": [answer], "dataset": dataset})
-        self.rng.shuffle(questions)
+                word = template.split()[0]
+                dataset = f"demo-{hops}-{word.lower()}"
+                question = {"question": template.format(name), "answers": [answer]}
+                question |= {"dataset": dataset, "hops": len(attributes)}
+                questions[word].append(question)
+        for of_word in questions.values():
+            self.rng.shuffle(of_word)
         return questions
 
-    def sample_questions(self, name: str, count: int) -> list[dict]:
-        """Draw `count` questions, a sixth of them 2-hop; `name` begins their ids."""
-        one_hop = self.questions(ONE_HOP, "demo-1hop")
-        two_hop = self.questions(TWO_HOP, "demo-2hop")
-        questions = one_hop[: count * 5 // 6] + two_hop[: count // 6]
+    def sample_questions(self, name: str, count: int, search: Search) -> list[dict]:
+        """Draw `count` questions: who, what and where in equal shares, and a third of each 2-hop.
+
+        No passage that a search with the words of a 2-hop question finds holds the answer.
+
+        Args:
+            name: begins the ids.
+        """
+        one_hop = self.questions(ONE_HOP, "1hop")
+        two_hop = self.questions(TWO_HOP, "2hop")
+        questions = []
+        for word in one_hop:
+            of_word = two_hop[word]
+            found = search([question["question"] for question in of_word], 3)
+            hidden = [
+                question
+                for question, passages in zip(of_word, found, strict=True)
+                if not any(question["answers"][0] in passage["text"] for passage in passages)
+            ]
+            questions += one_hop[word][: count * 2 // 9] + hidden[: count // 9]
         self.rng.shuffle(questions)
         return [{"id": f"{name}-{i}", **question} for i, question in enumerate(questions)]
 
 
-# By kind: entities of the world to train in, and of the held-out world.
+# By kind: entities of the world to train in, of the one to validate in and of the held-out one.
 SIZES = {
-    "person": (350, 150),
-    "town": (50, 30),
-    "company": (120, 60),
-    "film": (100, 50),
-    "book": (100, 50),
+    "person": (350, 60, 150),
+    "town": (45, 12, 27),
+    "company": (120, 30, 60),
+    "film": (100, 25, 60),
+    "book": (100, 25, 60),
 }
+QUESTIONS = {"train": 900, "validation": 90, "heldout": 243}
 
 
-def draw_worlds(rng: random.Random) -> tuple[World, World]:
-    """A world to train in and a held-out one; no entity is in both."""
+def draw_worlds(rng: random.Random) -> list[World]:
+    """A world for each of `QUESTIONS`; no entity is in two of them."""
     people = [f"{given_name} {surname}" for given_name in WOMEN + MEN for surname in SURNAMES]
     towns = list(TOWNS)
     companies = [f"{brand} {industry}" for brand in BRANDS for industry in INDUSTRIES]
@@ -216,68 +243,109 @@ def draw_worlds(rng: random.Random) -> tuple[World, World]:
         "film": titles[:200],
         "book": titles[200:],
     }
-    trained = {}
-    held_out = {}
-    for kind, (train_count, held_out_count) in SIZES.items():
-        trained[kind] = names[kind][:train_count]
-        held_out[kind] = names[kind][train_count : train_count + held_out_count]
-    return World(rng, trained), World(rng, held_out)
+    worlds = []
+    for number in range(len(QUESTIONS)):
+        own = {}
+        for kind, sizes in SIZES.items():
+            start = sum(sizes[:number])
+            own[kind] = names[kind][start : start + sizes[number]]
+        worlds.append(World(rng, own))
+    return worlds
 
 
-def demo_world(seed: int) -> tuple[list[Passage], list[dict], list[dict]]:
-    """Passages of both worlds, 1,200 training questions and 120 held-out questions."""
-    trained, held_out = draw_worlds(random.Random(seed))
-    passages = trained.passages() + held_out.passages()
+def demo_world(seed: int) -> dict[str, list[dict]]:
+    """Passages of all worlds, and the questions of each, by the name of their file."""
+    worlds = draw_worlds(random.Random(seed))
+    passages = [passage for world in worlds for passage in world.passages()]
     passages = [{"id": str(i), **passage} for i, passage in enumerate(passages)]
-    train_questions = trained.sample_questions("train", 1200)
-    held_out_questions = held_out.sample_questions("heldout", 120)
-    return passages, train_questions, held_out_questions
+    search = BM25(passages).search
+    files = {"passages": passages}
+    for world, (name, count) in zip(worlds, QUESTIONS.items(), strict=True):
+        files[name] = world.sample_questions(name, count, search)
+    return files
 
 
 # --------------------------------------------------------------------------------------------------
 # The prompts
 
-# Two worked examples for a model too small to follow instructions. What such a model copies best
-# are new lines around the tags and a sentence that repeats the document's wording.
+# Worked examples for a model too small to follow instructions: a question, for each hop the title
+# and text of a passage and the sentence that repeats its fact, and the answer. What such a model
+# copies best are new lines around the tags and a sentence in the document's wording.
 EXAMPLES = [
-    {
-        "question": "Who directed the film Red Harbor?",
-        "title": "Red Harbor",
-        "text": "Red Harbor is a film. It was shot in Dover. It was directed by Peter Lane.",
-        "fact": "It was directed by Peter Lane.",
-        "answer": "Peter Lane",
-    },
-    {
-        "question": "Where was Laura Webb born?",
-        "title": "Laura Webb",
-        "text": "Laura Webb is a singer. She was born in Salem. She is married to Mark Fox.",
-        "fact": "She was born in Salem.",
-        "answer": "Salem",
-    },
+    (
+        "Who directed the film Red Harbor?",
+        [
+            (
+                "Red Harbor",
+                "Red Harbor is a film. It was shot in Dover. It was directed by Peter Lane.",
+                "It was directed by Peter Lane.",
+            ),
+        ],
+        "Peter Lane",
+    ),
+    (
+        "What does Mark Fox play?",
+        [
+            (
+                "Mark Fox",
+                "Mark Fox was born in Salem. He plays chess. He is married to Laura Webb.",
+                "He plays chess.",
+            ),
+        ],
+        "chess",
+    ),
+    (
+        "Where was the owner of Sea Inn born?",
+        [
+            (
+                "Sea Inn",
+                "Sea Inn is a hotel in Dover. It is owned by Laura Webb.",
+                "It is owned by Laura Webb.",
+            ),
+            (
+                "Laura Webb",
+                "Laura Webb is married to Mark Fox. She was born in Salem.",
+                "She was born in Salem.",
+            ),
+        ],
+        "Salem",
+    ),
 ]
-# The parts of an example. A search and its documents are left out where the mode has none.
-QUESTION = f"Question: {{question}}\n{TAGS.think.opening}"
-SEARCH = f"\nI need to find {{title}}.\n{TAGS.query.opening} {{title}} {TAGS.query.closing}"
-DOCUMENTS = f"\n\n{TAGS.documents.opening}\n(1){{title}}   {{text}}\n{TAGS.documents.closing}"
-ANSWER = f"""
-{{fact}}
-{TAGS.think.closing}
-{TAGS.answer.opening} {{answer}} {TAGS.answer.closing}
-
-"""
 
 
-def make_prompt(*context: str) -> str:
-    """The examples, with the parts in `context` before the fact, and a question to answer."""
-    example = "".join([QUESTION, *context, ANSWER])
-    return "".join(example.format(**values) for values in EXAMPLES) + QUESTION
+def documents(hops: list[tuple[str, str, str]]) -> str:
+    """A documents block that holds the passages of `hops`."""
+    lines = [f"({i}){title}   {text}" for i, (title, text, _) in enumerate(hops, start=1)]
+    return "\n".join(["\n", TAGS.documents.opening, *lines, TAGS.documents.closing])
 
 
-# By file name: for the loop, and for the modes of evaluate.py that are no loop.
+def search(hop: tuple[str, str, str]) -> str:
+    """A query, its document, and the fact in it."""
+    title, _, fact = hop
+    query = f"{TAGS.query.opening} {title} {TAGS.query.closing}"
+    return f"I need to find {title}.\n{query}{documents([hop])}\n{fact}"
+
+
+def make_prompt(mode: str) -> str:
+    """The examples as a mode of evaluate.py shows them, and a question to answer."""
+    prompt = ""
+    for question, hops, answer in EXAMPLES:
+        facts = " ".join(fact for _, _, fact in hops)
+        thoughts = {
+            "search": "\n" + " ".join(search(hop) for hop in hops),
+            "single": f"{documents(hops)}\n{facts}",
+            "closed_book": f"\n{facts}",
+        }[mode]
+        prompt += f"Question: {question}\n{TAGS.think.opening}{thoughts}\n{TAGS.think.closing}\n"
+        prompt += f"{TAGS.answer.opening} {answer} {TAGS.answer.closing}\n\n"
+    return f"{prompt}Question: {{question}}\n{TAGS.think.opening}"
+
+
+# By file name.
 PROMPTS = {
-    "prompt.txt": make_prompt(SEARCH, DOCUMENTS),
-    "prompt_single.txt": make_prompt(DOCUMENTS),
-    "prompt_closed_book.txt": make_prompt(),
+    "prompt.txt": make_prompt("search"),
+    "prompt_single.txt": make_prompt("single"),
+    "prompt_closed_book.txt": make_prompt("closed_book"),
 }
 
 # --------------------------------------------------------------------------------------------------
@@ -312,7 +380,7 @@ def fetch_demo_model(out: Path) -> None:
 
 
 def make_demo(out: Path = Path("demo"), seed: int = 0) -> None:
-    """Fill a folder with model/, prompts, passages.jsonl, train.jsonl and heldout.jsonl.
+    """Fill a folder with model/, prompts, passages, and questions to train, validate and test.
 
     What is there already stays.
 
@@ -321,8 +389,7 @@ def make_demo(out: Path = Path("demo"), seed: int = 0) -> None:
         seed: of the world
     """
     out.mkdir(parents=True, exist_ok=True)
-    passages, train, held_out = demo_world(seed)
-    for name, records in (("passages", passages), ("train", train), ("heldout", held_out)):
+    for name, records in demo_world(seed).items():
         path = out / f"{name}.jsonl"
         if not path.exists():
             write_jsonl(path, records)

@@ -1,6 +1,7 @@
-"""Training curves as a PNG with a table of evaluations, and one HTML page of runs and evaluations.
+"""Curves of training as PNGs, a table of evaluations, and one HTML page of runs and evaluations.
 
 python tools/report.py plot --runs RUN RUN --evaluations DIR DIR --out curves.png
+python tools/report.py learning demo demo-seed1 demo-seed2 --out learning.png
 python tools/report.py page RUN RUN DIR --out report.html
 """
 
@@ -83,6 +84,73 @@ def plot(
     print(f"curves: {out}")
     if evaluations:
         print(table(read_results(evaluations)))
+
+
+# --------------------------------------------------------------------------------------------------
+# learning: the demo's first picture
+
+STAGES = ("stage1", "stage2")
+# The panels of `learning`: a title, and labels of metrics.
+LEARNING = {
+    "samples in training": {"search_rate": "searches", "format_rate": "right format"},
+    "F1 of one-hop validation questions, greedy": {
+        f"eval_f1_demo-1hop-{word}": word for word in ("who", "what", "where")
+    },
+    "F1 of two-hop validation questions, greedy": {
+        f"eval_f1_demo-2hop-{word}": word for word in ("who", "what", "where")
+    },
+}
+
+
+def read_stages(folder: Path) -> tuple[dict[int, dict], int]:
+    """Metrics by rollout batch of a folder of `make demo`, and the batches of its stage 1."""
+    rows = {}
+    ends = [0]
+    for stage in STAGES:
+        for row in read_jsonl(folder / stage / "metrics.jsonl", parse_step, "metrics"):
+            rows[ends[-1] + row["id"]] = row
+        ends.append(max(rows))
+    return rows, ends[1]
+
+
+def draw_band(axis, runs: list[dict[int, dict]], name: str, label: str) -> None:
+    """Draw a metric's mean over runs, in the steps in which all have it, between least and most."""
+    steps = [step for step in runs[0] if all(name in run.get(step, {}) for run in runs)]
+    values = [[run[step][name] for run in runs] for step in steps]
+    (line,) = axis.plot(steps, [sum(of_step) / len(runs) for of_step in values], label=label)
+    least, most = [min(of_step) for of_step in values], [max(of_step) for of_step in values]
+    axis.fill_between(steps, least, most, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+def learning(folders: tyro.conf.Positional[list[Path]], out: Path = Path("learning.png")) -> None:
+    """Draw how the demo learns to search, then the format, then the answers.
+
+    Of several folders, one a seed, the mean is drawn, and a band from the least to the most.
+
+    Args:
+        folders: what `make demo` filled, with stage1/ and stage2/
+        out: the PNG
+    """
+    if not folders:
+        raise ValueError("no folder is given")
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs, ends = zip(*map(read_stages, folders), strict=True)
+    size = {"figsize": (15, 3.6), "constrained_layout": True}
+    figure, axes = pyplot.subplots(1, len(LEARNING), sharex=True, sharey=True, **size)
+    for axis, (title, metrics) in zip(axes, LEARNING.items(), strict=True):
+        for name, label in metrics.items():
+            draw_band(axis, runs, name, label)
+        axis.axvline(ends[0] + 0.5, color="grey", linestyle=":")
+        axis.set_title(title)
+        axis.set_xlabel(f"rollout batches (stage 2 from {ends[0] + 1})")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(out, dpi=120)
+    print(f"learning: {out}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -200,7 +268,10 @@ def page(runs: tyro.conf.Positional[list[Path]], out: Path, max_trajectories: in
 def main(argv: list[str] | None = None) -> None:
     with user_errors("report.py"):
         tyro.extras.subcommand_cli_from_dict(
-            {"plot": plot, "page": page}, description=__doc__, use_underscores=True, args=argv
+            {"plot": plot, "learning": learning, "page": page},
+            description=__doc__,
+            use_underscores=True,
+            args=argv,
         )
 
 

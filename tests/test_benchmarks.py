@@ -16,7 +16,8 @@ from test_retriever import PASSAGES, write
 from tiny import command, make_world, torchrun
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import dense_memory, memory_7b, retriever, soak
+from benchmarks import baselines, dense_memory, memory_7b, retriever, soak
+from tools import demo
 
 ROOT = Path(__file__).parent.parent
 RESULTS = (ROOT / "RESULTS.md").read_text()
@@ -131,6 +132,23 @@ def test_a_simulated_step_takes_what_arithmetic_says_and_what_a_real_one_allocat
 
 # --------------------------------------------------------------------------------------------------
 # Each runs and ends in its ratios
+
+
+def test_baselines(tmp_path, model_folder, capsys):
+    make_world(tmp_path, model_folder)
+    (tmp_path / "q.jsonl").rename(tmp_path / "heldout.jsonl")
+    (tmp_path / "c.jsonl").rename(tmp_path / "passages.jsonl")
+    for name in demo.PROMPTS:
+        (tmp_path / name).write_text("Question: {question}\n<think>")
+    baselines.main(tmp_path, Path(model_folder), "transformers")
+    table = capsys.readouterr().out
+    for name, (mode, _, _) in baselines.BASELINES.items():
+        folder = tmp_path / "baselines" / name
+        assert f"{name} all " in table
+        protocol = json.loads((folder / "metrics.json").read_text())["protocol"]
+        assert protocol["mode"] == mode and protocol["max_turn_tokens"] == 48
+        rows = [json.loads(line) for line in (folder / "transcripts.jsonl").open()]
+        assert len(rows) == 8 and (mode != "single" or all(row["searches"] == 1 for row in rows))
 
 
 def test_retriever(tmp_path):

@@ -247,28 +247,37 @@ def test_plot(tmp_path, capsys):
 
 
 def test_learning_draws_means_and_ranges_over_seeds(tmp_path, monkeypatch, capsys):
-    name = "eval_f1_demo-1hop-who"
+    metric = "eval_f1_demo-1hop-who"
     folders = [tmp_path / f"seed{seed}" for seed in range(3)]
     for seed, folder in enumerate(folders):
         for stage in report.STAGES:
             (folder / stage).mkdir(parents=True)
             rows = [{"step": step, "search_rate": 0.1 * step} for step in (1, 2, 3)]
-            rows[1][name] = 0.3 * seed
+            rows[1][metric] = 0.3 * seed
             write_lines(folder / stage / "metrics.jsonl", rows)
+        for name in ("eval-untrained", "eval-stage1-6", "eval-stage2-16"):
+            evaluation(folder / name, [episode(0)])
+            results = measure_by_dataset([episode_record(episode(i)) for i in range(2)])
+            text = json.dumps({"protocol": {}, "results": results})
+            (folder / name / "metrics.json").write_text(text)
     runs, ends = zip(*map(report.read_stages, folders), strict=True)
     assert ends == (3, 3, 3) and list(runs[0]) == [1, 2, 3, 4, 5, 6]
 
     from matplotlib import pyplot
 
     _, axis = pyplot.subplots()
-    report.draw_band(axis, runs, name, "who")
+    report.draw_band(axis, runs, metric, "who")
     (line,), (band,) = axis.lines, axis.collections
     assert line.get_xydata().tolist() == [[2, pytest.approx(0.3)], [5, pytest.approx(0.3)]]
     corners = band.get_paths()[0].vertices
     assert (corners[:, 1].min(), corners[:, 1].max()) == (0, 0.6)
     out = tmp_path / "l.png"
     report.main(["learning", *map(str, folders), "--out", str(out)])
-    assert out.read_bytes()[:4] == b"\x89PNG" and "l.png" in capsys.readouterr().out
+    assert out.read_bytes()[:4] == b"\x89PNG"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| F1 of held-out questions | seed0 | seed1 | seed2 | mean |"
+    cell = "1.000 (1.00-1.00)"
+    assert f"| after stage 2, d | {cell} | {cell} | {cell} | 1.000 |" in lines
     assert "no folder" in refused(capsys, "learning")
 
 

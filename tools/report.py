@@ -122,8 +122,36 @@ def draw_band(axis, runs: list[dict[int, dict]], name: str, label: str) -> None:
     axis.fill_between(steps, least, most, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
+# Evaluations of `make demo`; the numbers at their ends are steps.
+EVALUATIONS = {
+    "untrained": "eval-untrained",
+    "after stage 1": "eval-stage1-*",
+    "after stage 2": "eval-stage2-*",
+}
+
+
+def learning_table(folders: list[Path]) -> str:
+    """F1 by kind of question in Markdown: a column with intervals a folder, and the mean."""
+    lines = [f"| F1 of held-out questions | {' | '.join(f.name for f in folders)} | mean |"]
+    lines.append("|---" * (len(folders) + 2) + "|")
+    for name, pattern in EVALUATIONS.items():
+        found: dict[str, list[dict]] = {}  # by data set, a result of each folder
+        for folder in folders:
+            newest = max(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
+            for dataset, result in read_results([newest]).items():
+                found.setdefault(dataset.split()[-1], []).append(result)
+        for dataset, results in found.items():
+            cells = []
+            for result in results:
+                low, high = result["intervals"]["f1"]
+                cells.append(f"{result['f1']:.3f} ({low:.2f}-{high:.2f})")
+            mean = sum(result["f1"] for result in results) / len(results)
+            lines.append(f"| {name}, {dataset} | {' | '.join(cells)} | {mean:.3f} |")
+    return "\n".join(lines)
+
+
 def learning(folders: tyro.conf.Positional[list[Path]], out: Path = Path("learning.png")) -> None:
-    """Draw how the demo learns to search, then the format, then the answers.
+    """Draw how the demo learns to search, then the format, then the answers; print what it ends at.
 
     Of several folders, one a seed, the mean is drawn, and a band from the least to the most.
 
@@ -150,6 +178,7 @@ def learning(folders: tyro.conf.Positional[list[Path]], out: Path = Path("learni
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(out, dpi=120)
+    print(learning_table(folders))
     print(f"learning: {out}")
 
 

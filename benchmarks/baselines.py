@@ -1,0 +1,73 @@
+"""What the demo's trained model answers without its searches, or with another search engine.
+
+    python benchmarks/baselines.py --demo demo
+
+Each row is an `evaluate.py run` on the held-out questions, into DEMO/baselines; what is finished
+there stays. The table begins with what `make demo` measured:
+
+    closed_book     no search: what the model knows
+    single          one search with the question itself, then the answer
+    single-oracle   the same, but of a search engine that knows the answers
+    random          the loop, with random passages
+    oracle          the loop, with the search engine that knows the answers
+"""
+
+import sys
+from contextlib import nullcontext
+from dataclasses import fields
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import evaluate
+from benchmarks.measure import search_server
+from config import PRESETS
+from engine import ENGINES
+from metrics import table
+from rollout import Limits
+
+# By name: the mode of evaluate.py, its prompt, and flags of a search server, if one is needed.
+BASELINES = {
+    "closed_book": ("closed_book", "prompt_closed_book.txt", []),
+    "single": ("single", "prompt_single.txt", []),
+    "single-oracle": ("single", "prompt_single.txt", ["--control", "oracle"]),
+    "random": ("search", "prompt.txt", ["--control", "random"]),
+    "oracle": ("search", "prompt.txt", ["--control", "oracle"]),
+}
+
+
+def run(demo: Path, model: Path, name: str, engine: str) -> Path:
+    """Evaluate one baseline; returns its folder."""
+    mode, prompt, flags = BASELINES[name]
+    passages, questions = demo / "passages.jsonl", demo / "heldout.jsonl"
+    if "oracle" in flags:
+        flags = [*flags, "--questions", questions]
+    serve = search_server(passages, *flags) if flags else nullcontext((None, passages))
+    out = demo / "baselines" / name
+    with serve as (_, retriever):
+        options = {"model": model, "questions": questions, "retriever": retriever, "mode": mode}
+        options |= {"prompt_file": demo / prompt, "out": out, "engine": engine}
+        for limit in fields(Limits):
+            if limit.name in PRESETS["demo"][2] and limit.name != "temperature":
+                options[limit.name] = PRESETS["demo"][2][limit.name]
+        evaluate.main(["run", *(f"--{option}={value}" for option, value in options.items())])
+    return out
+
+
+def main(
+    demo: Path = Path("demo"), model: Path | None = None, engine: str = ENGINES[0],
+) -> None:  # fmt: skip
+    """
+    Args:
+        demo: folder that `make demo` filled
+        model: DEMO/stage2/model-best by default
+    """
+    model = model or demo / "stage2" / "model-best"
+    folders = [*demo.glob("eval-*"), *(run(demo, model, name, engine) for name in BASELINES)]
+    print(table(evaluate.read_results(folders)))
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__, use_underscores=True)

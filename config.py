@@ -70,7 +70,7 @@ STAGE_2 = {  # one pass over 8,148 questions
 DEMO = {
     "model": "demo/model",
     "retriever": "demo/passages.jsonl",
-    "questions": "demo/train_1hop.jsonl",
+    "questions": "demo/train.jsonl",
     "prompt_file": "demo/prompt.txt",
     "temperature": 0.7,  # at 1.0 a 135M model rarely completes a tag
     "prompts_per_step": 8,
@@ -100,7 +100,7 @@ PRESETS: dict[str, dict[int, dict[str, Any]]] = {
             "reward": "stage2",
             "learning_rate": 3e-5,
             "temperature": 0.8,
-            "steps": 14,
+            "steps": 16,
         },
     },
 }

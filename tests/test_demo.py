@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 
 from bm25 import BM25
+from reward import TAGS
 from tools import demo
 
 WORLD = demo.demo_world(0)
@@ -26,7 +27,7 @@ def test_the_world_is_a_function_of_the_seed():
 
 def test_sizes_and_ids():
     assert [len(questions) for questions in SETS] == [900, 90, 243]
-    assert len(PASSAGES) == 1224 and len(WORLD["train_1hop"]) == 600
+    assert len(PASSAGES) == 1224
     for records in WORLD.values():
         assert len({record["id"] for record in records}) == len(records)
     assert len(TEXTS) == len(PASSAGES)  # names are unique: a question has one answer
@@ -34,8 +35,7 @@ def test_sizes_and_ids():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_kinds_have_equal_shares_and_a_third_has_two_hops(seed):
-    world = demo.demo_world(seed)
-    for questions in (world["train"], world["validation"], world["heldout"]):
+    for questions in list(demo.demo_world(seed).values())[1:]:
         counts = Counter(question["dataset"] for question in questions)
         for word in ("who", "what", "where"):
             assert counts[f"demo-1hop-{word}"] == len(questions) * 2 // 9
@@ -77,18 +77,25 @@ def test_a_two_hop_answer_needs_both_passages(questions):
 
 
 def test_the_examples_are_not_of_the_world():
-    for example in demo.EXAMPLES:
-        assert not {example["title"], example["answer"]} & TEXTS.keys()
-        assert not titles_in(example["question"])
+    for question, hops, answer in demo.EXAMPLES:
+        titles = {title for title, _, _ in hops}
+        assert question not in {q["question"] for questions in SETS for q in questions}
+        assert not titles & TEXTS.keys() and answer not in TEXTS
 
 
 def test_prompts_of_the_baselines_leave_searches_out():
     search, single, closed_book = demo.PROMPTS.values()
-    query = r"\nI need to find (.*)\.\n<.begin_of_query.> \1 <.end_of_query.>"
-    documents = r"\n\n<.begin_of_documents.>\n\(1\).*\n<.end_of_documents.>"
-    assert len(re.findall(query + documents, search)) == len(demo.EXAMPLES) == 3
-    assert re.sub(query, "", search) == single != search
-    assert re.sub(documents, "", single) == closed_book != single
+    hops = [hop for _, of_example, _ in demo.EXAMPLES for hop in of_example]
+    assert re.findall(r"<.begin_of_query.> (.*) <.end_of_query.>\n\n<.begin_of_doc", search) == [
+        title for title, _, _ in hops
+    ]
+    assert single.count(TAGS.documents.opening) == len(demo.EXAMPLES)
+    assert TAGS.query.opening not in single and TAGS.documents.opening not in closed_book
+    for title, text, fact in hops:
+        assert f"(1){title}   {text}\n" in search and f"){title}   {text}\n" in single
+        assert text not in closed_book
+        for prompt in (search, single, closed_book):
+            assert fact in prompt
     assert all(prompt.endswith("Question: {question}\n<think>") for prompt in demo.PROMPTS.values())
 
 

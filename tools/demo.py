@@ -253,10 +253,7 @@ def draw_worlds(rng: random.Random) -> list[World]:
 
 
 def demo_world(seed: int) -> dict[str, list[dict]]:
-    """Passages of all worlds, and the questions of each, by the name of their file.
-
-    `train_1hop` are those of `train` that need one search.
-    """
+    """Passages of all worlds, and the questions of each, by the name of their file."""
     worlds = draw_worlds(random.Random(seed))
     passages = [passage for world in worlds for passage in world.passages()]
     passages = [{"id": str(i), **passage} for i, passage in enumerate(passages)]
@@ -264,62 +261,90 @@ def demo_world(seed: int) -> dict[str, list[dict]]:
     files = {"passages": passages}
     for world, (name, count) in zip(worlds, QUESTIONS.items(), strict=True):
         files[name] = world.sample_questions(name, count, search)
-    train = files["train"]
-    files["train_1hop"] = [question for question in train if "1hop" in question["dataset"]]
     return files
 
 
 # --------------------------------------------------------------------------------------------------
 # The prompts
 
-# Worked examples for a model too small to follow instructions. What such a model copies best are
-# new lines around the tags and a sentence that repeats the document's wording.
+# Worked examples for a model too small to follow instructions: a question, for each hop the title
+# and text of a passage and the sentence that repeats its fact, and the answer. What such a model
+# copies best are new lines around the tags and a sentence in the document's wording.
 EXAMPLES = [
-    {
-        "question": "Where is Sea Inn?",
-        "title": "Sea Inn",
-        "text": "Sea Inn is a hotel in Dover. It is owned by Laura Webb.",
-        "fact": "It is a hotel in Dover.",
-        "answer": "Dover",
-    },
-    {
-        "question": "What does Mark Fox play?",
-        "title": "Mark Fox",
-        "text": "Mark Fox was born in Salem. He plays chess. He is married to Laura Webb.",
-        "fact": "He plays chess.",
-        "answer": "chess",
-    },
-    {
-        "question": "Who directed the film Red Harbor?",
-        "title": "Red Harbor",
-        "text": "Red Harbor is a film. It was shot in Dover. It was directed by Peter Lane.",
-        "fact": "It was directed by Peter Lane.",
-        "answer": "Peter Lane",
-    },
+    (
+        "Who directed the film Red Harbor?",
+        [
+            (
+                "Red Harbor",
+                "Red Harbor is a film. It was shot in Dover. It was directed by Peter Lane.",
+                "It was directed by Peter Lane.",
+            ),
+        ],
+        "Peter Lane",
+    ),
+    (
+        "What does Mark Fox play?",
+        [
+            (
+                "Mark Fox",
+                "Mark Fox was born in Salem. He plays chess. He is married to Laura Webb.",
+                "He plays chess.",
+            ),
+        ],
+        "chess",
+    ),
+    (
+        "Where was the owner of Sea Inn born?",
+        [
+            (
+                "Sea Inn",
+                "Sea Inn is a hotel in Dover. It is owned by Laura Webb.",
+                "It is owned by Laura Webb.",
+            ),
+            (
+                "Laura Webb",
+                "Laura Webb is married to Mark Fox. She was born in Salem.",
+                "She was born in Salem.",
+            ),
+        ],
+        "Salem",
+    ),
 ]
-# The parts of an example. A search and its documents are left out where the mode has none.
-QUESTION = f"Question: {{question}}\n{TAGS.think.opening}"
-SEARCH = f"\nI need to find {{title}}.\n{TAGS.query.opening} {{title}} {TAGS.query.closing}"
-DOCUMENTS = f"\n\n{TAGS.documents.opening}\n(1){{title}}   {{text}}\n{TAGS.documents.closing}"
-ANSWER = f"""
-{{fact}}
-{TAGS.think.closing}
-{TAGS.answer.opening} {{answer}} {TAGS.answer.closing}
-
-"""
 
 
-def make_prompt(*context: str) -> str:
-    """The examples, with the parts in `context` before the fact, and a question to answer."""
-    example = "".join([QUESTION, *context, ANSWER])
-    return "".join(example.format(**values) for values in EXAMPLES) + QUESTION
+def documents(hops: list[tuple[str, str, str]]) -> str:
+    """A documents block that holds the passages of `hops`."""
+    lines = [f"({i}){title}   {text}" for i, (title, text, _) in enumerate(hops, start=1)]
+    return "\n".join(["\n", TAGS.documents.opening, *lines, TAGS.documents.closing])
 
 
-# By file name: for the loop, and for the modes of evaluate.py that are no loop.
+def search(hop: tuple[str, str, str]) -> str:
+    """A query, its document, and the fact in it."""
+    title, _, fact = hop
+    query = f"{TAGS.query.opening} {title} {TAGS.query.closing}"
+    return f"I need to find {title}.\n{query}{documents([hop])}\n{fact}"
+
+
+def make_prompt(mode: str) -> str:
+    """The examples as a mode of evaluate.py shows them, and a question to answer."""
+    prompt = ""
+    for question, hops, answer in EXAMPLES:
+        facts = " ".join(fact for _, _, fact in hops)
+        thoughts = {
+            "search": "\n" + " ".join(search(hop) for hop in hops),
+            "single": f"{documents(hops)}\n{facts}",
+            "closed_book": f"\n{facts}",
+        }[mode]
+        prompt += f"Question: {question}\n{TAGS.think.opening}{thoughts}\n{TAGS.think.closing}\n"
+        prompt += f"{TAGS.answer.opening} {answer} {TAGS.answer.closing}\n\n"
+    return f"{prompt}Question: {{question}}\n{TAGS.think.opening}"
+
+
+# By file name.
 PROMPTS = {
-    "prompt.txt": make_prompt(SEARCH, DOCUMENTS),
-    "prompt_single.txt": make_prompt(DOCUMENTS),
-    "prompt_closed_book.txt": make_prompt(),
+    "prompt.txt": make_prompt("search"),
+    "prompt_single.txt": make_prompt("single"),
+    "prompt_closed_book.txt": make_prompt("closed_book"),
 }
 
 # --------------------------------------------------------------------------------------------------

@@ -144,7 +144,7 @@ def test_baselines(tmp_path, model_folder, capsys):
     table = capsys.readouterr().out
     for name, (mode, _, _) in baselines.BASELINES.items():
         folder = tmp_path / "baselines" / name
-        assert f"{name} all " in table
+        assert f"\n{name} heldout " in table
         protocol = json.loads((folder / "metrics.json").read_text())["protocol"]
         assert protocol["mode"] == mode and protocol["max_turn_tokens"] == 48
         rows = [json.loads(line) for line in (folder / "transcripts.jsonl").open()]

@@ -137,8 +137,10 @@ def learning_table(folders: list[Path]) -> str:
     for name, pattern in EVALUATIONS.items():
         found: dict[str, list[dict]] = {}  # by data set, a result of each folder
         for folder in folders:
-            newest = max(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
-            for dataset, result in read_results([newest]).items():
+            evaluated = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
+            if not evaluated:
+                raise ValueError(f"{folder}: no {pattern}, so `make demo` has not ended here")
+            for dataset, result in read_results(evaluated[-1:]).items():
                 found.setdefault(dataset.split()[-1], []).append(result)
         for dataset, results in found.items():
             cells = []

@@ -169,11 +169,13 @@ def import_seconds(module: str) -> tuple[float, set[str]]:
 @pytest.mark.parametrize("module", [*MODULES, *(f"tools.{name}" for name in TOOLS)])
 def test_an_import_is_quick_and_needs_no_heavy_library(module):
     """PyTorch itself takes 1.4 s of the 2 s that an import may take."""
+    tries = []
     for _ in range(3):  # other work on the machine only adds to it
         seconds, heavy = import_seconds(module)
         assert heavy == set()
         if seconds < 2:
             return
+        tries.append(seconds)
         time.sleep(1)
     torch_alone, _ = import_seconds("torch")
-    assert seconds - torch_alone < 0.6
+    assert min(tries) - torch_alone < 0.6

@@ -14,7 +14,6 @@ there stays. The table begins with what `make demo` measured:
 
 import sys
 from contextlib import nullcontext
-from dataclasses import fields
 from pathlib import Path
 
 import tyro
@@ -26,7 +25,6 @@ from benchmarks.measure import search_server
 from config import PRESETS
 from engine import ENGINES
 from metrics import table
-from rollout import Limits
 
 # By name: the mode of evaluate.py, its prompt, and flags of a search server, if one is needed.
 BASELINES = {
@@ -36,6 +34,11 @@ BASELINES = {
     "random": ("search", "prompt.txt", ["--control", "random"]),
     "oracle": ("search", "prompt.txt", ["--control", "oracle"]),
 }
+# Of the preset: what a trajectory may use, as in training.
+LIMITS = ("documents_per_search", "max_searches", "max_turn_tokens", "max_context")
+
+# Always the same, since the URL is part of an evaluation's protocol.
+PORT = 8931
 
 
 def run(demo: Path, model: Path, name: str, engine: str) -> Path:
@@ -44,14 +47,12 @@ def run(demo: Path, model: Path, name: str, engine: str) -> Path:
     passages, questions = demo / "passages.jsonl", demo / "heldout.jsonl"
     if "oracle" in flags:
         flags = [*flags, "--questions", questions]
-    serve = search_server(passages, *flags) if flags else nullcontext((None, passages))
+    serve = search_server(passages, *flags, port=PORT) if flags else nullcontext((None, passages))
     out = demo / "baselines" / name
     with serve as (_, retriever):
         options = {"model": model, "questions": questions, "retriever": retriever, "mode": mode}
         options |= {"prompt_file": demo / prompt, "out": out, "engine": engine}
-        for limit in fields(Limits):
-            if limit.name in PRESETS["demo"][2] and limit.name != "temperature":
-                options[limit.name] = PRESETS["demo"][2][limit.name]
+        options |= {limit: PRESETS["demo"][2][limit] for limit in LIMITS}
         evaluate.main(["run", *(f"--{option}={value}" for option, value in options.items())])
     return out
 
@@ -65,7 +66,10 @@ def main(
         model: DEMO/stage2/model-best by default
     """
     model = model or demo / "stage2" / "model-best"
-    folders = [*demo.glob("eval-*"), *(run(demo, model, name, engine) for name in BASELINES)]
+    folders = [
+        *sorted(demo.glob("eval-*")),
+        *(run(demo, model, name, engine) for name in BASELINES),
+    ]
     print(table(evaluate.read_results(folders)))
 
 

@@ -57,10 +57,12 @@ def peak_mib() -> float:
 
 
 @contextmanager
-def search_server(index: Path, *flags: str | Path) -> Iterator[tuple[psutil.Popen, str]]:
+def search_server(
+    index: Path, *flags: str | Path, port: int = 0
+) -> Iterator[tuple[psutil.Popen, str]]:
     """A search server of an index in a process of its own; its process and its URL."""
     script = ROOT / "tools" / "search_server.py"
-    command = [sys.executable, script, "--index", index, "--port", "0", *flags]
+    command = [sys.executable, script, "--index", index, "--port", str(port), *flags]
     server = psutil.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         yield server, server.stdout.readline().split()[-1]

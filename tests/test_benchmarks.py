@@ -140,7 +140,8 @@ def test_baselines(tmp_path, model_folder, capsys):
     (tmp_path / "c.jsonl").rename(tmp_path / "passages.jsonl")
     for name in demo.PROMPTS:
         (tmp_path / name).write_text("Question: {question}\n<think>")
-    baselines.main(tmp_path, Path(model_folder), "transformers")
+    for _ in range(2):  # the second call shows what is finished
+        baselines.main(tmp_path, Path(model_folder), "transformers")
     table = capsys.readouterr().out
     for name, (mode, _, _) in baselines.BASELINES.items():
         folder = tmp_path / "baselines" / name

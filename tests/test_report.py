@@ -280,7 +280,9 @@ def test_learning_draws_means_and_ranges_over_seeds(tmp_path, monkeypatch, capsy
     assert f"| after stage 2, d | {cell} | {cell} | {cell} | 1.000 |" in lines
     assert "no folder" in refused(capsys, "learning")
     shutil.rmtree(folders[1] / "eval-stage2-16")
-    assert "seed1: no eval-stage2-*" in refused(capsys, "learning", *folders)
+    unmade = tmp_path / "unmade.png"
+    error = refused(capsys, "learning", *folders, "--out", unmade)
+    assert "seed1: no eval-stage2-*" in error and not unmade.exists()
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")

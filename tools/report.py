@@ -35,6 +35,16 @@ def parse_step(row: dict) -> dict:
     return {**row, "id": row["step"]}
 
 
+def open_pyplot():
+    """matplotlib's pyplot, for files alone: it needs no display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def draw(axis, rows: list[dict], name: str, previous_steps: int, **style) -> None:
     """Draw one metric of a run, in the steps that have it."""
     points = [(previous_steps + row["id"], row[name]) for row in rows if name in row]
@@ -55,11 +65,7 @@ def plot(
     """
     if not runs:
         raise ValueError("--runs: no run folder is given")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = open_pyplot()
     figure, axes = pyplot.subplots(2, 4, figsize=(15, 6), sharex=True, constrained_layout=True)
     previous_steps = 0
     for number, folder in enumerate(runs):
@@ -104,13 +110,11 @@ LEARNING = {
 
 def read_stages(folder: Path) -> tuple[dict[int, dict], int]:
     """Metrics by rollout batch of a folder of `make demo`, and the batches of its stage 1."""
-    rows = {}
-    ends = [0]
-    for stage in STAGES:
-        for row in read_jsonl(folder / stage / "metrics.jsonl", parse_step, "metrics"):
-            rows[ends[-1] + row["id"]] = row
-        ends.append(max(rows))
-    return rows, ends[1]
+    files = [folder / stage / "metrics.jsonl" for stage in STAGES]
+    first, second = (read_jsonl(file, parse_step, "metrics") for file in files)
+    end = first[-1]["id"]
+    rows = {row["id"]: row for row in first} | {end + row["id"]: row for row in second}
+    return rows, end
 
 
 def draw_band(axis, runs: list[dict[int, dict]], name: str, label: str) -> None:
@@ -140,8 +144,8 @@ def learning_table(folders: list[Path]) -> str:
             evaluated = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
             if not evaluated:
                 raise ValueError(f"{folder}: no {pattern}, so `make demo` has not ended here")
-            for dataset, result in read_results(evaluated[-1:]).items():
-                found.setdefault(dataset.split()[-1], []).append(result)
+            for dataset, result in read_metrics(evaluated[-1] / "metrics.json")["results"].items():
+                found.setdefault(dataset, []).append(result)
         for dataset, results in found.items():
             cells = []
             for result in results:
@@ -163,12 +167,9 @@ def learning(folders: tyro.conf.Positional[list[Path]], out: Path = Path("learni
     """
     if not folders:
         raise ValueError("no folder is given")
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    told = learning_table(folders)  # before the picture: a refusal writes nothing
     runs, ends = zip(*map(read_stages, folders), strict=True)
+    pyplot = open_pyplot()
     size = {"figsize": (15, 3.6), "constrained_layout": True}
     figure, axes = pyplot.subplots(1, len(LEARNING), sharex=True, sharey=True, **size)
     for axis, (title, metrics) in zip(axes, LEARNING.items(), strict=True):
@@ -180,7 +181,7 @@ def learning(folders: tyro.conf.Positional[list[Path]], out: Path = Path("learni
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(out, dpi=120)
-    print(learning_table(folders))
+    print(told)
     print(f"learning: {out}")
 
 

@@ -4,7 +4,7 @@
 
 SEED ?= 0
 STEPS_1 ?= 6
-STEPS ?= 16
+STEPS ?= 15
 PYTHON ?= python3
 
 BIN := .venv/bin
@@ -15,7 +15,7 @@ DEMO := demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
 DATA := --retriever $(DEMO)/passages.jsonl --prompt_file $(DEMO)/prompt.txt
 LIMITS := --documents_per_search 1 --max_searches 3 --max_turn_tokens 48 --max_context 768
 TRAIN = $(BIN)/torchrun --standalone --nproc-per-node 1 train.py --preset demo --resume --seed $(SEED) $(DATA) \
-	--questions $(DEMO)/train.jsonl --eval_questions $(DEMO)/validation.jsonl --eval_every 2
+	--questions $(DEMO)/train.jsonl --eval_questions $(DEMO)/validation.jsonl --eval_every 3
 EVALUATE = $(BIN)/python evaluate.py run --questions $(DEMO)/heldout.jsonl $(DATA) $(LIMITS)
 
 .PHONY: demo test lint

@@ -202,6 +202,21 @@ def published_records(path: Path) -> Iterator[dict]:
                 yield json.loads(line)
 
 
+def search_r1_fields(record: dict) -> dict:
+    """A record of Search-R1's training set, which joins several data sets, as other sets have it.
+
+    Its question may stand only at the end of its prompt.
+    """
+    dataset = record["data_source"]
+    question = record.get("question") or record["prompt"][-1]["content"]
+    return {
+        "id": f"{dataset}-{record['extra_info']['index']}",
+        "question": question.rpartition("Question: ")[2],
+        "golden_answers": record["reward_model"]["ground_truth"]["target"],
+        "dataset": dataset,
+    }
+
+
 def published_questions(path: Path, dataset: str, aliases: bool = False) -> tuple[list[dict], int]:
     """The questions of a published file, and how many it says cannot be answered (MuSiQue).
 
@@ -215,16 +230,18 @@ def published_questions(path: Path, dataset: str, aliases: bool = False) -> tupl
     try:
         for record in published_records(path):
             fields = {name.lower(): value for name, value in record.items()}
+            if "reward_model" in fields:
+                fields = search_r1_fields(fields)
             if not fields.get("answerable", True):
                 unanswerable += 1
                 continue
             # The authors' files say _id, the Hub's say id, and Bamboogle's questions have none.
             name = fields.get("_id", fields.get("id", f"{dataset}-{len(questions) + 1}"))
-            answers = [fields["answer"]]
+            answers = list(fields.get("golden_answers") or [fields["answer"]])
             if aliases:
                 answers += fields.get("answer_aliases") or []
             question = {"id": name, "question": fields["question"], "answers": answers}
-            question = parse_question(question, dataset)
+            question = parse_question(question, fields.get("dataset") or dataset)
             question["answers"] = list(dict.fromkeys(question["answers"]))  # each once
             if question["id"] in questions:
                 raise ValueError(f"id {question['id']!r} occurs twice")
@@ -242,7 +259,9 @@ def published_questions(path: Path, dataset: str, aliases: bool = False) -> tupl
 def make_questions(
     source: str,
     out: Path,
-    format: Literal["hotpotqa", "2wiki", "musique", "bamboogle", "r1-searcher"],
+    format: Literal[
+        "hotpotqa", "2wiki", "musique", "bamboogle", "r1-searcher", "flashrag", "search-r1"
+    ],
     sample: int = 0,
     seed: int = 0,
     aliases: bool = False,
@@ -252,7 +271,8 @@ def make_questions(
     Args:
         source: file (JSON, JSONL, CSV or parquet) or hf://datasets/OWNER/NAME/FILE
         out: question file to write
-        format: data set; r1-searcher: the training sets that its authors released
+        format: data set; r1-searcher and search-r1: the training sets that their authors released;
+            flashrag: a set as FlashRAG publishes it, named as the folder that holds the file
         sample: draw so many (the paper's test sets: 500); 0 is all
         seed: of the draw
         aliases: MuSiQue's aliases count as answers too; the paper's test set has one answer each
@@ -263,7 +283,8 @@ def make_questions(
     if format == "r1-searcher":
         questions = read_questions(path)
     else:
-        questions, unanswerable = published_questions(path, format, aliases)
+        dataset = path.absolute().parent.name if format == "flashrag" else format
+        questions, unanswerable = published_questions(path, dataset, aliases)
     total = len(questions)
     if not 0 <= sample <= total:
         raise ValueError(f"--sample {sample}: {source} has {total} questions")

@@ -200,6 +200,38 @@ def test_records_of_each_published_format(tmp_path, format, name, text, expected
     assert {q["dataset"] for q in questions} == {format}
 
 
+def test_flashrags_files_are_named_by_their_folder(tmp_path):
+    """As they lie in the hub: nq/test.jsonl, every answer of `golden_answers` counts."""
+    record = {"id": "test_0", "question": "who?", "golden_answers": ["A", "B"], "metadata": {}}
+    (tmp_path / "nq").mkdir()
+    (tmp_path / "nq/test.jsonl").write_text(jsonl([record]))
+    source = tmp_path / "nq/test.jsonl"
+    call("questions", "--format", "flashrag", "--source", source, "--out", tmp_path / "q")
+    expected = {"id": "test_0", "question": "who?", "answers": ["A", "B"], "dataset": "nq"}
+    assert read_questions(tmp_path / "q") == [expected]
+
+
+def test_search_r1s_training_set_of_two_data_sets(tmp_path):
+    """Parquet; ids are unique in a data set alone, and a question may stand in the prompt alone."""
+    import pyarrow
+    import pyarrow.parquet
+
+    records = []
+    for dataset, answers in [("nq", ["A"]), ("hotpotqa", ["B", "C"])]:
+        prompt = [{"role": "user", "content": f"Answer it. Question: who is in {dataset}?\n"}]
+        truth = {"ground_truth": {"target": answers}, "style": "rule"}
+        info = {"index": 0, "split": "train"}
+        record = {"data_source": dataset, "prompt": prompt, "reward_model": truth}
+        records.append(record | {"extra_info": info})
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "train.parquet")
+    source = tmp_path / "train.parquet"
+    call("questions", "--format", "search-r1", "--source", source, "--out", tmp_path / "q")
+    assert [tuple(question.values()) for question in read_questions(tmp_path / "q")] == [
+        ("nq-0", "who is in nq?", ["A"], "nq"),
+        ("hotpotqa-0", "who is in hotpotqa?", ["B", "C"], "hotpotqa"),
+    ]
+
+
 def test_musiques_aliases_count_as_answers_only_when_asked_for(tmp_path):
     """The paper's test set has one answer a question: "USA" for "United States" scores 0."""
     (tmp_path / "m").write_text(jsonl([MUSIQUE]))

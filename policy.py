@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -150,16 +151,45 @@ def load_policy(
         cpu_offload: keep parameters and optimiser states in host memory.
         frozen: bf16 parameters without gradient instead of fp32 parameters to train.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(model)
     dtype = torch.bfloat16 if frozen else torch.float32
-    lm = AutoModelForCausalLM.from_pretrained(
-        model,
-        dtype=dtype,
-        use_safetensors=True,  # never a pickle
-        attn_implementation="sdpa",  # reads the boolean masks of `pack`
-    )
-    return shard(lm, gradient_checkpointing, cpu_offload, frozen)
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation="sdpa",  # reads the boolean masks of `pack`
+        )
+    policy = shard(lm, gradient_checkpointing, cpu_offload, frozen)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    policy.to_empty(device="cpu" if cpu_offload else device)
+    lm.tie_weights()  # to_empty gives each use of a shared weight memory of its own
+    for module in lm.modules():
+        if next(module.buffers(recurse=False), None) is not None:
+            lm._init_weights(module.to(device))  # the frequencies of RoPE: in no file
+    read_weights(lm, model)
+    return policy
+
+
+def read_weights(lm: nn.Module, model: str) -> None:
+    """Fill this rank's shards from the safetensors of a Hugging Face folder or hub name.
+
+    Raises:
+        ValueError: a parameter is not there, or has another shape.
+    """
+    from huggingface_hub import snapshot_download
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    folder = model
+    if not Path(model).is_dir():
+        folder = snapshot_download(model, allow_patterns="*.safetensors")
+    try:
+        load(dict(lm.named_parameters()), storage_reader=HuggingFaceStorageReader(folder))
+    except CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        raise ValueError(f"--model {model}: {cause}; use another model") from None
 
 
 def shard(

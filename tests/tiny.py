@@ -21,6 +21,32 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# Options of the published configurations that the tiny models share with them, by family: the
+# first is that of the demo's model.
+FAMILIES = {
+    "llama": {"tie_word_embeddings": True, "bos_token_id": 0, "eos_token_id": 2},
+    "qwen2": {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": 2},
+    "qwen2-tied": {"tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": 2},
+    "qwen3": {
+        "tie_word_embeddings": True,
+        "bos_token_id": None,
+        "eos_token_id": 2,
+        "head_dim": 48,
+    },
+    "llama3.1": {
+        "tie_word_embeddings": False,
+        "bos_token_id": 0,
+        "eos_token_id": [2, 1],
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500_000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 256,
+        },
+    },
+}
 TINY = dict(
     prompt_file="p.txt",
     engine="transformers",
@@ -40,11 +66,11 @@ TINY = dict(
 )
 
 
-def make_model(folder: Path) -> None:
-    """A real model folder: a tiny Llama that was taught to search and answer by heart."""
+def make_model(folder: Path, family: str = "llama") -> None:
+    """A real model folder: a tiny model that was taught to search and answer by heart."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -55,27 +81,31 @@ def make_model(folder: Path) -> None:
     )
     texts = [f"Question: who is {i}?\n<think>{ASK}{DOCUMENTS}{TELL}" for i in range(10)]
     bpe.train_from_iterator(texts, trainer)
+    chat_template = CHAT_TEMPLATE
+    if family == "llama3.1":  # a BOS: the tokenizer's before a text, the template's before a chat
+        bos = SPECIAL[0]
+        bpe.post_processor = processors.TemplateProcessing(f"{bos} $A", special_tokens=[(bos, 0)])
+        chat_template = bos + CHAT_TEMPLATE
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=bpe,
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        chat_template=CHAT_TEMPLATE,
+        chat_template=chat_template,
     )
     torch.manual_seed(0)
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        "llama" if family == "llama3.1" else family.removesuffix("-tied"),
         vocab_size=512,
         hidden_size=64,
         intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=1,
-        max_position_embeddings=1024,
-        tie_word_embeddings=True,
-        bos_token_id=0,
-        eos_token_id=2,
+        max_position_embeddings=2048,
         initializer_range=0.2,
+        **FAMILIES[family],
     )
-    model = LlamaForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config)
     lessons = []
     for i in range(10):
         parts = [f"Question: who is {i}?\n<think>", ASK, DOCUMENTS, TELL]

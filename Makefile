@@ -1,5 +1,6 @@
 # make demo   set up, train both stages on this machine, evaluate, draw the curves; a second call goes on where it stopped
 # make test   set up, run the tests
+# make test-gpu   of the tests, those that need a GPU
 # make lint   set up, check style
 
 SEED ?= 0
@@ -18,7 +19,7 @@ TRAIN = $(BIN)/torchrun --standalone --nproc-per-node 1 train.py --preset demo -
 	--questions $(DEMO)/train.jsonl --eval_questions $(DEMO)/validation.jsonl --eval_every 3
 EVALUATE = $(BIN)/python evaluate.py run --questions $(DEMO)/heldout.jsonl $(DATA) $(LIMITS)
 
-.PHONY: demo test lint
+.PHONY: demo test test-gpu lint
 .DELETE_ON_ERROR:
 
 demo: .venv/installed
@@ -36,6 +37,9 @@ demo: .venv/installed
 
 test: .venv/installed
 	$(BIN)/python -m pytest
+
+test-gpu: .venv/installed
+	$(BIN)/python -m pytest -m gpu
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -25,8 +25,8 @@ class Engine(Protocol):
 
     `submit` takes a sequence under a key of the caller's; `step` works on the submitted sequences,
     on one or on many at once, and returns those that ended; `load_weights` takes (Hugging Face
-    name, whole tensor) pairs. Between `sleep` and `wake_up` the engine holds no GPU memory, and
-    after `wake_up` its weights are undefined.
+    name, whole tensor) pairs. Between `sleep` and `wake_up` the engine holds no GPU memory; after
+    `wake_up` its weights are undefined, and it is awake when `load_weights` has returned.
     """
 
     def submit(
@@ -80,6 +80,7 @@ class VLLMEngine:
             load_format="safetensors",  # never a pickle
             dtype=dtype,
             max_model_len=max_context,
+            max_num_seqs=256,  # as many as the loop has under way; some GPUs hold tables for 1,024
             gpu_memory_utilization=gpu_memory_utilization,
             enable_prefix_caching=True,
             block_size=None if self.on_gpu else 32,  # the CPU's 128 caches little of a short prompt
@@ -130,9 +131,13 @@ class VLLMEngine:
 
     def load_weights(self, named_tensors):
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
-        if not self.on_gpu:
+        if self.on_gpu:
+            self.llm.wake_up(tags=["kv_cache"])
+        else:
             self.llm.apply_model(_repack_tied_head)
-        self.llm.reset_prefix_cache()  # its entries were computed with the old weights
+        # The prefix cache was computed with the old weights.
+        if not self.llm.reset_prefix_cache():
+            raise RuntimeError("vLLM keeps its prefix cache: there are requests under way")
 
     def sleep(self):
         """Free the GPU for the trainer. Level 2 drops the weights too: the trainer has newer."""
@@ -140,9 +145,9 @@ class VLLMEngine:
             self.llm.sleep(level=2)
 
     def wake_up(self):
-        """Take the memory again. The weights are undefined until `load_weights`."""
+        """Take memory for the weights; `load_weights` fills it and takes the KV cache's, too."""
         if self.on_gpu:
-            self.llm.wake_up()
+            self.llm.wake_up(tags=["weights"])
 
 
 class TransformersEngine:

@@ -47,6 +47,16 @@ def start_distributed() -> None:
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
 
 
+def share_cores() -> None:
+    """Give every rank its part of the cores where there are GPUs: by then each has one thread.
+
+    torchrun and vLLM set it. What is left to the CPU there: packing, loading, offloaded Adam.
+    """
+    if torch.cuda.is_available():
+        cores = len(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
 def gather(mine: list) -> list[list]:
     """The lists of all ranks, by rank."""
     shares: list[list] = [[]] * dist.get_world_size()
@@ -223,7 +233,9 @@ def shard(
 def whole_parameters(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """(Hugging Face name, whole bf16 tensor), gathered one by one; all ranks iterate together."""
     for name, parameter in policy.lm.named_parameters():
-        yield name, parameter.detach().bfloat16().full_tensor()
+        rows = parameter.detach().bfloat16()
+        # What --cpu_offload keeps in host memory is gathered on the GPUs: over gloo, 15 GB a sync.
+        yield name, rows.to(rows.device_mesh.device_type).full_tensor()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -243,9 +255,14 @@ def release_memory() -> None:
 
 
 def peak_memory_gib() -> float:
-    """Of the GPU since the start, or of the process where there is no GPU."""
+    """After an update: what is taken of the GPU, or the process's peak where there is no GPU.
+
+    PyTorch's allocator still holds its peak then. Its own count would be too high: it has the
+    engine's memory in it, also while the engine sleeps.
+    """
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
+        free, total = torch.cuda.mem_get_info()
+        return (total - free) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

@@ -38,6 +38,7 @@ from policy import (
     load_policy,
     peak_memory_gib,
     refuse_unsupported,
+    share_cores,
     start_distributed,
     timed,
     whole_parameters,
@@ -339,6 +340,7 @@ def train(config: Config, out: Path, resume: bool = False, logger: str | None = 
             return
         refuse_unsupported(config.model, config.max_context)
         sampler = Sampler(config)  # the engine first: it takes what it needs of an empty GPU
+        share_cores()
         policy = load_policy(config.model, config.gradient_checkpointing, config.cpu_offload)
         reference = None
         if config.kl_coef > 0:
@@ -403,6 +405,7 @@ def iterate(sampler: Sampler, trainer: Trainer, run: RunFolder, progress: Progre
         batch = make_batch(episodes, config.samples_per_prompt, trainer.device)
         metrics |= trainer.compute_advantages(batch)
         metrics |= trainer.update(batch, progress)
+    metrics["peak_memory_gib"] = peak_memory_gib()
 
     # Evaluate the policy that the updates have made.
     probe = signals.extend_probe(progress.probe, episodes)
@@ -417,7 +420,6 @@ def iterate(sampler: Sampler, trainer: Trainer, run: RunFolder, progress: Progre
     sampled_tokens = batch.action_mask.sum().item()
     metrics["rollout_tokens_per_second"] = sampled_tokens / metrics["seconds_rollout"]
     metrics["train_tokens_per_second"] = metrics["trained_tokens"] / metrics["seconds_train"]
-    metrics["peak_memory_gib"] = peak_memory_gib()
     run.log(metrics, episodes[: config.samples_per_prompt])
 
     # Checkpoint, unless the run has to stop.

@@ -19,7 +19,7 @@ from rollout import Episode, Limits, Rollout, prompt_encoder
 @pytest.fixture(scope="module", params=[name for name in FAMILIES if name != "llama"])
 def family_folder(request, tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp(request.param)
-    make_model(folder, request.param)
+    make_model(folder, request.param, prompts=("base", "chat"))
     return str(folder)
 
 

@@ -12,10 +12,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import checkpoint
 import train
 from config import Config
+from reward import PROMPTS
+from rollout import prompt_encoder
 
 ASK = " I look.\n<|begin_of_query|> red harbor <|end_of_query|>"
 TELL = "\nIt is b. </think> <answer> b </answer>"
 DOCUMENTS = "\n\n<|begin_of_documents|>\n(1)T   words\n<|end_of_documents|>"
+PROMPT = "Question: {question}\n<think>"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -66,8 +69,12 @@ TINY = dict(
 )
 
 
-def make_model(folder: Path, family: str = "llama") -> None:
-    """A real model folder: a tiny model that was taught to search and answer by heart."""
+def make_model(folder: Path, family: str = "llama", prompts: tuple[str, ...] = (PROMPT,)) -> None:
+    """A real model folder: a tiny model that was taught to search and answer by heart.
+
+    Args:
+        prompts: after which it was taught that: texts with {question}, or names of `PROMPTS`.
+    """
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -107,11 +114,11 @@ def make_model(folder: Path, family: str = "llama") -> None:
     )
     model = AutoModelForCausalLM.from_config(config)
     lessons = []
+    encoders = [prompt_encoder(tokenizer, PROMPTS.get(each, [("text", each)])) for each in prompts]
     for i in range(10):
-        parts = [f"Question: who is {i}?\n<think>", ASK, DOCUMENTS, TELL]
-        if i % 2:
-            parts = [parts[0], TELL]
-        ids = [t for part in parts for t in tokenizer.encode(part, add_special_tokens=False)]
+        parts = [TELL] if i % 2 else [ASK, DOCUMENTS, TELL]
+        ids = encoders[i // 2 % len(encoders)](f"who is {i}?")
+        ids += [t for part in parts for t in tokenizer.encode(part, add_special_tokens=False)]
         lessons.append(torch.tensor([ids]))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(100):
@@ -125,7 +132,7 @@ def make_model(folder: Path, family: str = "llama") -> None:
 
 def make_world(folder: Path, model: str) -> Config:
     """Questions and passages for the tiny model; a configuration for runs within the folder."""
-    (folder / "p.txt").write_text("Question: {question}\n<think>")
+    (folder / "p.txt").write_text(PROMPT)
     questions = [{"id": i, "question": f"who is {i}?", "answers": ["b"]} for i in range(8)]
     (folder / "q.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
     passages = [{"id": i, "title": "T", "text": f"words {i} </answer>"} for i in range(5)]

@@ -100,7 +100,7 @@ PRESETS: dict[str, dict[int, dict[str, Any]]] = {
             "reward": "stage2",
             "learning_rate": 3e-5,
             "temperature": 0.8,
-            "steps": 16,
+            "steps": 15,
         },
     },
 }

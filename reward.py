@@ -251,6 +251,11 @@ def stage1(o: Outcome) -> float:
     return 0.5 * (o.searches >= 1) + 0.5 * o.well_formed
 
 
+def stage1_two_hops(o: Outcome) -> float:
+    """Stage 1 for questions of two hops: 0.5 for searching twice, 0.5 for the format."""
+    return 0.5 * (o.searches >= 2) + 0.5 * o.well_formed
+
+
 def stage1_code(o: Outcome) -> float:
     """Stage 1 of the official Llama script: cover-EM +1 or -1, 0.5 each for tags and answer."""
     tags = paired_queries(o.text) and no_documents(o.text) and o.searches >= 1
@@ -287,6 +292,7 @@ def stage2_llama(o: Outcome) -> float:
 
 REWARDS: dict[str, Callable[[Outcome], float]] = {
     "stage1": stage1,
+    "stage1_two_hops": stage1_two_hops,
     "stage1_code": stage1_code,
     "stage1_readme": stage1_readme,
     "stage2": stage2,

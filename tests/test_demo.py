@@ -35,7 +35,11 @@ def test_sizes_and_ids():
 
 @pytest.mark.parametrize("seed", range(3))
 def test_kinds_have_equal_shares_and_a_third_has_two_hops(seed):
-    for questions in list(demo.demo_world(seed).values())[1:]:
+    world = demo.demo_world(seed)
+    for name in ("train", "validation", "heldout"):
+        questions = world[name]
+        two_hop = [question for question in questions if "2hop" in question["dataset"]]
+        assert world[f"{name}_2hop"] == two_hop and 3 * len(two_hop) == len(questions)
         counts = Counter(question["dataset"] for question in questions)
         for word in ("who", "what", "where"):
             assert counts[f"demo-1hop-{word}"] == len(questions) * 2 // 9
@@ -77,19 +81,19 @@ def test_a_two_hop_answer_needs_both_passages(questions):
 
 
 def test_the_examples_are_not_of_the_world():
-    for question, hops, answer in demo.EXAMPLES:
+    for question, hops, answer in demo.EXAMPLES.values():
         titles = {title for title, _, _ in hops}
         assert question not in {q["question"] for questions in SETS for q in questions}
         assert not titles & TEXTS.keys() and answer not in TEXTS
 
 
 def test_prompts_of_the_baselines_leave_searches_out():
-    search, single, closed_book = demo.PROMPTS.values()
-    hops = [hop for _, of_example, _ in demo.EXAMPLES for hop in of_example]
+    search, single, closed_book, _ = demo.PROMPTS.values()
+    hops = [hop for name in demo.IN_DEMO for hop in demo.EXAMPLES[name][1]]
     assert re.findall(r"<.begin_of_query.> (.*) <.end_of_query.>\n\n<.begin_of_doc", search) == [
         title for title, _, _ in hops
     ]
-    assert single.count(TAGS.documents.opening) == len(demo.EXAMPLES)
+    assert single.count(TAGS.documents.opening) == len(demo.IN_DEMO)
     assert TAGS.query.opening not in single and TAGS.documents.opening not in closed_book
     for title, text, fact in hops:
         assert f"(1){title}   {text}\n" in search and f"){title}   {text}\n" in single

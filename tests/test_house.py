@@ -91,8 +91,8 @@ def size_of(path: Path) -> Size:
 
 
 GROUPS = {  # files, most lines, most tokens
-    "the algorithm": ([f"{name}.py" for name in ALGORITHM], 1_655, 10_000),
-    "all flat modules": ([f"{name}.py" for name in MODULES], 5_360, 30_200),
+    "the algorithm": ([f"{name}.py" for name in ALGORITHM], 1_660, 10_000),
+    "all flat modules": ([f"{name}.py" for name in MODULES], 5_370, 30_250),
     "tools": ([f"tools/{name}.py" for name in TOOLS], 1_300, None),
     "benchmarks": (
         sorted(f"benchmarks/{p.name}" for p in ROOT.glob("benchmarks/*.py")),

@@ -103,6 +103,9 @@ def test_retrieved_text_cannot_change_the_reward():
         ("stage2_llama", "</think> <answer> b 2 3 4 5 6 7 8 9 10 11 </answer>", 1, 2 / 12),
         ("stage2_em", GOOD.replace(" b <", " b c <"), 1, 0.0),
         ("stage2_cover_em", GOOD.replace(" b <", " b c <"), 1, 1.0),
+        ("stage1_two_hops", GOOD, 2, 1.0),
+        ("stage1_two_hops", GOOD, 1, 0.5),
+        ("stage1_two_hops", "no", 3, 0.5),
         ("stage1_code", GOOD, 1, 2.0),
         ("stage1_code", "no", 0, -1.0),  # nothing searched, nothing closed, nothing answered
         ("stage1_readme", GOOD, 1, 1.5),

@@ -253,7 +253,7 @@ def draw_worlds(rng: random.Random) -> list[World]:
 
 
 def demo_world(seed: int) -> dict[str, list[dict]]:
-    """Passages of all worlds, and the questions of each, by the name of their file."""
+    """Passages of all worlds, the questions of each, those of two hops too, by name of the file."""
     worlds = draw_worlds(random.Random(seed))
     passages = [passage for world in worlds for passage in world.passages()]
     passages = [{"id": str(i), **passage} for i, passage in enumerate(passages)]
@@ -261,6 +261,7 @@ def demo_world(seed: int) -> dict[str, list[dict]]:
     files = {"passages": passages}
     for world, (name, count) in zip(worlds, QUESTIONS.items(), strict=True):
         files[name] = world.sample_questions(name, count, search)
+        files[f"{name}_2hop"] = [q for q in files[name] if "2hop" in q["dataset"]]
     return files
 
 
@@ -270,8 +271,8 @@ def demo_world(seed: int) -> dict[str, list[dict]]:
 # Worked examples for a model too small to follow instructions: a question, for each hop the title
 # and text of a passage and the sentence that repeats its fact, and the answer. What such a model
 # copies best are new lines around the tags and a sentence in the document's wording.
-EXAMPLES = [
-    (
+EXAMPLES = {
+    "who, one hop": (
         "Who directed the film Red Harbor?",
         [
             (
@@ -282,7 +283,7 @@ EXAMPLES = [
         ],
         "Peter Lane",
     ),
-    (
+    "what, one hop": (
         "What does Mark Fox play?",
         [
             (
@@ -293,7 +294,19 @@ EXAMPLES = [
         ],
         "chess",
     ),
-    (
+    "what, two hops": (
+        "What does the owner of Lake Cafe play?",
+        [
+            (
+                "Lake Cafe",
+                "Lake Cafe is in Dover. It is owned by Mark Fox.",
+                "It is owned by Mark Fox.",
+            ),
+            ("Mark Fox", "Mark Fox was born in Salem. He plays chess.", "He plays chess."),
+        ],
+        "chess",
+    ),
+    "where, two hops": (
         "Where was the owner of Sea Inn born?",
         [
             (
@@ -309,7 +322,9 @@ EXAMPLES = [
         ],
         "Salem",
     ),
-]
+}
+IN_DEMO = ("who, one hop", "what, one hop", "where, two hops")
+IN_DEMO_2HOP = ("who, one hop", "what, two hops", "where, two hops")
 
 
 def documents(hops: list[tuple[str, str, str]]) -> str:
@@ -325,10 +340,10 @@ def search(hop: tuple[str, str, str]) -> str:
     return f"I need to find {title}.\n{query}{documents([hop])}\n{fact}"
 
 
-def make_prompt(mode: str) -> str:
+def make_prompt(mode: str, examples: tuple[str, ...] = IN_DEMO) -> str:
     """The examples as a mode of evaluate.py shows them, and a question to answer."""
     prompt = ""
-    for question, hops, answer in EXAMPLES:
+    for question, hops, answer in map(EXAMPLES.get, examples):
         facts = " ".join(fact for _, _, fact in hops)
         thoughts = {
             "search": "\n" + " ".join(search(hop) for hop in hops),
@@ -345,6 +360,7 @@ PROMPTS = {
     "prompt.txt": make_prompt("search"),
     "prompt_single.txt": make_prompt("single"),
     "prompt_closed_book.txt": make_prompt("closed_book"),
+    "prompt_2hop.txt": make_prompt("search", IN_DEMO_2HOP),
 }
 
 # --------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ REQUIREMENTS := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo requirem
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 
 DEMO := demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
-DATA := --retriever $(DEMO)/passages.jsonl --prompt_file $(DEMO)/prompt.txt
+DATA := --retriever $(DEMO)/passages.jsonl --prompt_file $(DEMO)/prompt.txt --max_context 768
 LIMITS := --documents_per_search 1 --max_searches 3 --max_turn_tokens 48
 TRAIN = $(BIN)/torchrun --standalone --nproc-per-node 1 train.py --preset demo --resume --seed $(SEED) --eval_every 3
 QUESTIONS := --questions $(DEMO)/train.jsonl --eval_questions $(DEMO)/validation.jsonl
@@ -26,11 +26,11 @@ EVALUATE = $(BIN)/python evaluate.py run --questions $(DEMO)/heldout.jsonl $(LIM
 
 demo: .venv/installed
 	$(BIN)/python tools/demo.py --out $(DEMO) --seed $(SEED)
-	$(EVALUATE) $(DATA) --max_context 768 --model $(DEMO)/model --out $(DEMO)/eval-untrained
+	$(EVALUATE) $(DATA) --model $(DEMO)/model --out $(DEMO)/eval-untrained
 	$(TRAIN) $(DATA) $(QUESTIONS) --stage 1 --steps $(STEPS_1) --model $(DEMO)/model --out $(DEMO)/stage1
-	$(EVALUATE) $(DATA) --max_context 768 --model $(DEMO)/stage1/model --out $(DEMO)/eval-stage1-$(STEPS_1)
+	$(EVALUATE) $(DATA) --model $(DEMO)/stage1/model --out $(DEMO)/eval-stage1-$(STEPS_1)
 	$(TRAIN) $(DATA) $(QUESTIONS) --stage 2 --steps $(STEPS) --model $(DEMO)/stage1/model --out $(DEMO)/stage2
-	$(EVALUATE) $(DATA) --max_context 768 --model $(DEMO)/stage2/model-best --out $(DEMO)/eval-stage2-$(STEPS)
+	$(EVALUATE) $(DATA) --model $(DEMO)/stage2/model-best --out $(DEMO)/eval-stage2-$(STEPS)
 	$(BIN)/python tools/report.py plot --runs $(DEMO)/stage1 $(DEMO)/stage2 --out $(DEMO)/curves.png \
 		--evaluations $(DEMO)/eval-untrained $(DEMO)/eval-stage1-$(STEPS_1) $(DEMO)/eval-stage2-$(STEPS)
 	$(BIN)/python tools/report.py learning $(DEMO) --out $(DEMO)/learning.png

@@ -105,6 +105,19 @@ class Policy(nn.Module):
         return token_log_probs(hidden[source], head, targets, temperature)
 
 
+def meta_model(model: str, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """The model of a Hugging Face folder or hub name, without storage; only config.json is read."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(model)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation="sdpa",  # reads the boolean masks of `pack`
+        )
+
+
 def refuse_unsupported(model: str, max_context: int) -> None:
     """Refuse a model that `Policy` and the masks of `pack` would not compute as its authors do.
 
@@ -119,15 +132,12 @@ def refuse_unsupported(model: str, max_context: int) -> None:
     Raises:
         ValueError: names what is not supported.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(model)
     try:
-        with torch.device("meta"):
-            lm = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+        lm = meta_model(model)
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"--model {model}: {reason}; use another model") from None
+    config = lm.config
     head_bias = getattr(lm.get_output_embeddings(), "bias", None)
     rescaled = any(getattr(config, name, None) for name in LOGIT_RESCALINGS)
     block_types = getattr(config, "layer_types", None) or getattr(config, "block_types", None)
@@ -161,16 +171,7 @@ def load_policy(
         cpu_offload: keep parameters and optimiser states in host memory.
         frozen: bf16 parameters without gradient instead of fp32 parameters to train.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(model)
-    dtype = torch.bfloat16 if frozen else torch.float32
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(
-            config,
-            dtype=dtype,
-            attn_implementation="sdpa",  # reads the boolean masks of `pack`
-        )
+    lm = meta_model(model, torch.bfloat16 if frozen else torch.float32)
     policy = shard(lm, gradient_checkpointing, cpu_offload, frozen)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy.to_empty(device="cpu" if cpu_offload else device)

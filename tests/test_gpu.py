@@ -84,7 +84,7 @@ print([e.token_ids for e in run_all(engine, AutoTokenizer.from_pretrained(sys.ar
 
 
 def test_a_rank_computes_on_the_gpu_what_a_cpu_computes(world):
-    """Log-probabilities of fixed episodes, in bf16, and the state of an optimiser on the GPU."""
+    """Log-probabilities of fixed episodes, in bf16, beside those of transformers in fp32."""
     from gradients import make_episodes
 
     config = dataclasses.replace(world, samples_per_prompt=3)

@@ -123,29 +123,36 @@ class Arguments:
         return self.out or Path(parent, f"stage{self.stage}")
 
 
-def parse_arguments(argv: list[str] | None, description: str) -> Arguments:
+def parse_arguments(
+    argv: list[str] | None, description: str, kind: type[Arguments] = Arguments
+) -> Arguments:
     """Parse twice: first for stage and preset, then everything over the preset's values.
 
+    Args:
+        kind: `Arguments`, or more than these.
     Raises:
-        ValueError: an option has an impossible value, or the preset needs a GPU and there is none.
+        ValueError: an option has an impossible value.
     """
-
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--stage")
     parser.add_argument("--preset", default=Arguments.preset)
     chosen, _ = parser.parse_known_args(argv)
     preset = {str(stage): values for stage, values in PRESETS.get(chosen.preset, {}).items()}
-    default = Arguments(stage=tyro.MISSING, config=Config(**preset.get(chosen.stage, {})))
+    default = kind(stage=tyro.MISSING, config=Config(**preset.get(chosen.stage, {})))
     arguments = tyro.cli(
-        Arguments, args=argv, description=description, default=default, use_underscores=True
+        kind, args=argv, description=description, default=default, use_underscores=True
     )
-    if arguments.preset != "demo" and not torch.cuda.is_available():
-        raise ValueError(
-            f"--preset {arguments.preset} trains a 7B model and needs NVIDIA GPUs; "
-            "without one, try: make demo"
-        )
     check(arguments.config)
     return arguments
+
+
+def require_gpu(preset: str) -> None:
+    """Raises ValueError if the preset needs a GPU and there is none."""
+    if preset != "demo" and not torch.cuda.is_available():
+        raise ValueError(
+            f"--preset {preset} trains a 7B model and needs NVIDIA GPUs; "
+            "without one, try: make demo"
+        )
 
 
 def check(config: Config) -> None:

@@ -17,11 +17,12 @@ import io
 import json
 import random
 import re
+import zipfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import tyro
 from filelock import FileLock
@@ -42,6 +43,31 @@ from records import (
     write_jsonl,
 )
 from reward import normalize
+
+# --------------------------------------------------------------------------------------------------
+# Sources
+
+
+def local_file(source: str) -> Path:
+    """A local file, or the local copy of a file of the Hugging Face Hub.
+
+    Args:
+        source: a path, hf://datasets/OWNER/NAME[@REVISION]/FILE, or the address of the file's page.
+    Raises:
+        ValueError: the Hub has no such file or cannot be reached.
+    """
+    if "://" not in source:
+        return Path(source)
+    from huggingface_hub import hf_hub_download, parse_hf_uri
+
+    try:
+        uri = parse_hf_uri(source)
+        copy = hf_hub_download(uri.id, uri.path_in_repo, repo_type=uri.type, revision=uri.revision)
+    except (OSError, ValueError) as error:
+        message = " ".join(str(error).split())  # the Hub's messages have many lines
+        raise ValueError(f"{source}: {message}") from None
+    return Path(copy)
+
 
 # --------------------------------------------------------------------------------------------------
 # Corpora. A format is a function from one line of a published file, and its number, to passages.
@@ -82,7 +108,17 @@ FORMATS = {
     "wiki-18": wiki18_passages,
     "hotpotqa": hotpotqa_passages,
 }
-DECOMPRESSORS = {".gz": gzip.open, ".bz2": bz2.open}
+
+
+def unzip(raw: BinaryIO) -> Iterator[bytes]:
+    """The lines of an archive's JSONL files."""
+    archive = zipfile.ZipFile(raw)
+    for name in archive.namelist():
+        if name.endswith(".jsonl") and not name.startswith("__MACOSX"):
+            yield from archive.open(name)
+
+
+DECOMPRESSORS = {".gz": gzip.open, ".bz2": bz2.open, ".zip": unzip}
 
 
 def read_lines(files: list[Path]) -> Iterator[tuple[Path, int, bytes]]:
@@ -102,7 +138,7 @@ def read_lines(files: list[Path]) -> Iterator[tuple[Path, int, bytes]]:
                     for number, line in enumerate(file, 1):
                         yield path, number, line
                         bar.update(bytes_before + raw.tell() - bar.n)
-                except (EOFError, OSError, zlib.error) as error:
+                except (EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
                     raise ValueError(f"{path}: damaged after line {number} ({error})") from None
 
 
@@ -120,20 +156,21 @@ def convert(files: list[Path], format: str) -> Iterator[Passage]:
         yield from passages
 
 
-def make_corpus(source: Path, out: Path, format: Literal[tuple(FORMATS)]) -> None:
+def make_corpus(source: str, out: Path, format: Literal[tuple(FORMATS)]) -> None:
     """Convert a published corpus to passages, in constant memory.
 
     Args:
-        source: file (also .gz, .bz2) or a folder of such files
+        source: file (also .gz, .bz2, .zip), folder of files, or hf://datasets/OWNER/NAME/FILE
         out: passage file to write
-        format: wiki-18: Search-R1's; hotpotqa: its abstracts
+        format: wiki-18: Search-R1's and FlashRAG's; hotpotqa: its abstracts
     """
     refuse_to_overwrite(out)
-    if source.resolve() in out.resolve().parents:
+    path = local_file(source)
+    if path.resolve() in out.resolve().parents:
         raise ValueError(f"{out}: it is within the source, and would be read as such")
-    files = [source]
-    if source.is_dir():
-        files = sorted(path for path in source.rglob("*") if path.is_file())
+    files = [path]
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.is_file())
     partial = out.with_name(out.name + ".partial")
     count = 0
     with FileLock(partial, timeout=0):  # refuses a second call that would write the same file
@@ -147,11 +184,11 @@ def make_corpus(source: Path, out: Path, format: Literal[tuple(FORMATS)]) -> Non
     print(f"{out}: {count} passages")
 
 
-def make_kilt(source: Path, out: Path) -> None:
+def make_kilt(source: str, out: Path) -> None:
     """Cut KILT's knowledge source into passages of 100 words.
 
     Args:
-        source: file (also .gz, .bz2) or a folder of such files
+        source: file (also .gz, .bz2, .zip), folder of files, or hf://datasets/OWNER/NAME/FILE
         out: passage file to write
     """
     make_corpus(source, out, "kilt")
@@ -159,27 +196,6 @@ def make_kilt(source: Path, out: Path) -> None:
 
 # --------------------------------------------------------------------------------------------------
 # Questions of published data sets
-
-
-def local_file(source: str) -> Path:
-    """A local file, or the local copy of a file of the Hugging Face Hub.
-
-    Args:
-        source: a path, hf://datasets/OWNER/NAME[@REVISION]/FILE, or the address of the file's page.
-    Raises:
-        ValueError: the Hub has no such file or cannot be reached.
-    """
-    if "://" not in source:
-        return Path(source)
-    from huggingface_hub import hf_hub_download, parse_hf_uri
-
-    try:
-        uri = parse_hf_uri(source)
-        copy = hf_hub_download(uri.id, uri.path_in_repo, repo_type=uri.type, revision=uri.revision)
-    except (OSError, ValueError) as error:
-        message = " ".join(str(error).split())  # the Hub's messages have many lines
-        raise ValueError(f"{source}: {message}") from None
-    return Path(copy)
 
 
 def published_records(path: Path) -> Iterator[dict]:

@@ -13,25 +13,16 @@ question of every file is answered and counted once; decoding is greedy by defau
 import asyncio
 import json
 import os
-import subprocess
 import sys
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 from tqdm import tqdm
 
-from inference import (
-    Inference,
-    answer_questions,
-    describe_inputs,
-    open_rollout,
-    question_key,
-)
+from answerability import measure_answerability
+from inference import answer_questions, open_rollout, question_key
 from metrics import (
     JUDGE_PROMPT,
     format_cell,
@@ -39,6 +30,7 @@ from metrics import (
     table,
     verdict,
 )
+from protocol import PROTOCOLS, Evaluation, apply_mode, apply_protocol, describe_protocol
 from records import (
     MALFORMED,
     Journal,
@@ -53,84 +45,7 @@ from records import (
     write_jsonl,
     write_text,
 )
-from reward import METRICS, PROMPTS, best, contiguous_match
-
-# Raise the version when the same model would get other numbers.
-PROTOCOL_VERSION = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Evaluation(Inference):
-    """What is evaluated, and how: by default greedily, with the passages of the official code."""
-
-    questions: list[str]  # question files (JSONL)
-    out: Path  # folder for transcripts.jsonl and metrics.json
-    # search: the loop of training, in which the model asks;
-    # single: one search, for the question itself, then the answer;
-    # closed_book: no search (single and closed_book set --max_searches)
-    mode: Literal["search", "single", "closed_book"] = "search"
-    retriever: str | None = None  # as in training; a closed book has none
-    limit: int = 0  # answer only the first so many questions of each file; 0 is all
-    documents_per_search: int = 5  # passages per query (official code; in training 3)
-    temperature: float = 0.0  # of sampling; 0 is greedy
-
-
-def apply_mode(evaluation: Evaluation) -> Evaluation:
-    """Set what the mode decides: searches, built-in prompt, no retriever for a closed book.
-
-    Raises:
-        ValueError: the mode searches and there is no retriever.
-    """
-    mode = evaluation.mode
-    if mode != "closed_book" and evaluation.retriever is None:
-        raise ValueError(f"--mode {mode} needs --retriever")
-    if mode == "search":
-        return evaluation
-    variant = f"{evaluation.prompt_file}_{mode}"
-    return replace(
-        evaluation,
-        max_searches=1 if mode == "single" else 0,
-        prompt_file=variant if variant in PROMPTS else evaluation.prompt_file,
-        retriever=None if mode == "closed_book" else evaluation.retriever,
-    )
-
-
-# --------------------------------------------------------------------------------------------------
-# The protocol: everything on which the numbers of an evaluation depend
-
-
-def describe_software() -> dict[str, str]:
-    """Versions of the libraries, commit of this code ("unknown" without git), hash of its modules.
-
-    The commit of changed code ends in "-dirty"; the hash tells two changed trees apart.
-    """
-    software = {}
-    for library in ("torch", "transformers", "vllm"):
-        with suppress(PackageNotFoundError):
-            software[library] = version(library)
-    folder = Path(__file__).parent
-    command = "git describe --always --dirty --abbrev=40 --exclude=*".split()
-    software["commit"] = "unknown"
-    with suppress(OSError):
-        described = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        software["commit"] = described.stdout.strip() or "unknown"
-    software["modules"] = fingerprint(folder, "*.py")
-    return software
-
-
-def describe_protocol(evaluation: Evaluation) -> dict:
-    """The options of an evaluation, fingerprints of all that they name, and the software."""
-    protocol = {
-        "evaluator": PROTOCOL_VERSION,
-        "software": describe_software(),
-        **asdict(evaluation),
-        **describe_inputs(evaluation),
-        "questions": [[path, fingerprint(path)] for path in evaluation.questions],
-    }
-    del protocol["out"]
-    del protocol["gpu_memory_utilization"]  # no answer depends on it
-    return protocol
-
+from reward import METRICS, best, contiguous_match
 
 # --------------------------------------------------------------------------------------------------
 # run: answer question files
@@ -162,7 +77,8 @@ def answer_remaining(evaluation: Evaluation, questions: list[dict], journal: Jou
         finished = {question_key(record): record for record in journal.records}
     remaining = [question for question in questions if question_key(question) not in finished]
     if remaining:
-        rollout, encode = open_rollout(evaluation)
+        protocol = PROTOCOLS[evaluation.protocol]
+        rollout, encode = open_rollout(evaluation, protocol.tags, protocol.prompt_role)
         answered = answer_questions(
             rollout, encode, remaining, evaluation.seed, search_first=evaluation.mode == "single"
         )
@@ -210,7 +126,7 @@ def read_results(folders: list[Path]) -> dict[str, dict]:
 
 def run(evaluation: Annotated[Evaluation, tyro.conf.arg(name="")]) -> None:
     """Answer question files and score the answers; a finished evaluation is only shown."""
-    evaluation = apply_mode(evaluation)
+    evaluation = apply_mode(apply_protocol(evaluation))
     questions = read_question_files(evaluation.questions, evaluation.limit)
     protocol = describe_protocol(evaluation)
     out = evaluation.out
@@ -219,14 +135,19 @@ def run(evaluation: Annotated[Evaluation, tyro.conf.arg(name="")]) -> None:
     metrics_file = out / "metrics.json"
     if metrics_file.exists():
         # The software may differ: showing finished numbers claims nothing about today's software.
-        # The protocol of an evaluation from before there were modes names none.
-        saved = {"mode": "search"} | read_metrics(metrics_file)["protocol"]
+        # Evaluations from before there were modes and protocols name none.
+        defaults = {"mode": "search", "protocol": "r1-searcher"}
+        saved = defaults | read_metrics(metrics_file)["protocol"]
         refuse_changed_settings(metrics_file, saved, protocol, "change --out", {"software"})
         print(f"{out}: evaluated already")
     else:
         records = answer_remaining(evaluation, questions, Journal(journal_file, protocol))
+        if evaluation.retriever is not None:
+            answerability = measure_answerability(evaluation.retriever, questions)
+            records = [a | b for a, b in zip(records, answerability, strict=True)]
         write_jsonl(out / "transcripts.jsonl", records)
-        metrics = {"protocol": protocol, "results": measure_by_dataset(records)}
+        results = measure_by_dataset(records, PROTOCOLS[evaluation.protocol].metrics_of)
+        metrics = {"protocol": protocol, "results": results}
         write_text(metrics_file, json.dumps(metrics, indent=1))
     journal_file.unlink(missing_ok=True)
     print(table(read_results([out])))

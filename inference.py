@@ -14,7 +14,7 @@ from engine import ENGINES, open_engine
 from metrics import episode_record
 from records import fingerprint
 from retriever import open_retriever, retriever_fingerprint
-from reward import TAGS, load_prompt, score_episode
+from reward import TAGS, Tags, load_prompt, score_episode
 from rollout import Episode, Limits, Rollout, derive_seed, prompt_encoder
 
 
@@ -54,10 +54,16 @@ def describe_inputs(options: Inference) -> dict[str, str | None]:
     return inputs
 
 
-def open_rollout(options: Inference) -> tuple[Rollout, Callable[[str], list[int]]]:
+def open_rollout(
+    options: Inference, tags: Tags = TAGS, prompt_role: str = "text"
+) -> tuple[Rollout, Callable[[str], list[int]]]:
     """Open a model for inference: the loop over it, and the encoder from question to prompt ids.
 
     On a CPU the loop is deterministic; on a GPU decoding goes on while the retriever works.
+
+    Args:
+        tags: of the protocol.
+        prompt_role: of the text of a prompt file, where the tokenizer has a chat template.
     """
     import torch
     from transformers import AutoTokenizer
@@ -67,12 +73,13 @@ def open_rollout(options: Inference) -> tuple[Rollout, Callable[[str], list[int]
         search = open_retriever(options.retriever).search
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     # The encoder refuses a bad prompt before the engine loads.
-    encode = prompt_encoder(tokenizer, load_prompt(options.prompt_file))
+    role = prompt_role if tokenizer.chat_template else "text"
+    encode = prompt_encoder(tokenizer, load_prompt(options.prompt_file, role))
     engine = open_engine(
         options.engine, options.model, options.max_context, options.gpu_memory_utilization
     )
     deterministic = not torch.cuda.is_available()
-    return Rollout(engine, tokenizer, search, TAGS, options, deterministic), encode
+    return Rollout(engine, tokenizer, search, tags, options, deterministic), encode
 
 
 def question_key(question: dict) -> tuple[str, str]:

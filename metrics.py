@@ -14,8 +14,9 @@ from rollout import Episode
 # Columns of a table, where the results have them.
 COLUMNS = """
     n em f1 acc_r acc_r_contiguous acc_l search_rate searches format_rate truncated_rate
-    search_failed_rate
+    search_failed_rate answerable_100 answerable
 """.split()
+ANSWERABILITY = ("answerable_100", "answerable")  # of a question (answerability.py)
 LENGTH_PERCENTILES = (50, 90, 99)
 COUNT_FORMATS = {"n": ".0f", "searches": ".2f"}  # all other columns are shares
 
@@ -47,6 +48,7 @@ def record_metrics(record: dict) -> dict[str, float]:
         "truncated_rate": record["finish_reason"] == "length",
         "response_len": record["response_len"],
         "search_failed_rate": record["search_failures"] > 0,
+        **{name: record[name] for name in ANSWERABILITY if name in record},
     }
 
 

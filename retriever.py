@@ -41,11 +41,11 @@ class Retriever(Protocol):
 
 
 # --------------------------------------------------------------------------------------------------
-# Index folders. A BM25 index has tantivy/. A dense one has vectors.npy, faiss.index and rows.npy,
-# and links to what is not its own: passages.jsonl and, where they are local, the encoder and a
-# prebuilt faiss.index. index.json is the header, a flat dictionary. Its entries "corpus", "encoder"
-# and "index" are the SHA-256 of the content, with size and time beside them; where the encoder is
-# one of the hub, "encoder" is its name.
+# Index folders. A BM25 index has tantivy/. A dense one has vectors.npy, faiss.index and rows.npy.
+# Both have links to what is not their own: passages.jsonl and, where they are local, the encoder
+# and a prebuilt faiss.index. index.json is the header, a flat dictionary. Its entries "corpus",
+# "encoder" and "index" are the SHA-256 of the content, with size and time beside them; where the
+# encoder is one of the hub, "encoder" is its name.
 
 VERSION = 2  # of index folders
 
@@ -144,6 +144,7 @@ def link(path: Path, target: str) -> None:
 def build_bm25(corpus: str, out: Path) -> None:
     """Index a passage file with tantivy. A finished index of the file is left as it is."""
     header = prepare_folder(out, {"kind": "bm25"}, {"corpus": Path(corpus)})
+    link(out / "passages.jsonl", corpus)
     index = out / "tantivy"
     if not is_unchanged("index", index, header):
         partial = out / "tantivy.partial"
@@ -278,6 +279,14 @@ def retriever_fingerprint(source: str) -> str | None:
         names += ["encoder", "parameters", "index"]
     parts = [header.get(name) for name in names]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def passage_file(source: str) -> Path | None:
+    """The passages behind `source`, if they are on this disk: None for a search server."""
+    path = Path(source)
+    if path.is_dir():
+        path = path / "passages.jsonl"
+    return path if path.is_file() else None
 
 
 # --------------------------------------------------------------------------------------------------

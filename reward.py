@@ -26,12 +26,19 @@ class Tag(NamedTuple):
 
 
 class Tags(NamedTuple):
-    """The markers of the search protocol. To change the protocol, change them here."""
+    """The markers of the search protocol, and how search results are written between them.
+
+    To change the protocol, change the defaults here.
+    """
 
     think: Tag = Tag("<think>", "</think>")
     answer: Tag = Tag("<answer>", "</answer>")
     query: Tag = Tag("<|begin_of_query|>", "<|end_of_query|>")
     documents: Tag = Tag("<|begin_of_documents|>", "<|end_of_documents|>")
+    passage: str = "({number}){title}   {text}"  # one search result, one line
+    no_passages: str = "(no results)"
+    inside: str = "\n"  # between a documents tag and the search results
+    behind: str = ""  # the closing documents tag
 
 
 TAGS = Tags()
@@ -70,16 +77,18 @@ PROMPTS = {
 }
 
 
-def load_prompt(name: str) -> list[tuple[str, str]]:
+def load_prompt(name: str, role: str = "text") -> list[tuple[str, str]]:
     """The prompt of that name, or the text file at that path with `{question}` in it.
 
+    Args:
+        role: of a file's text.
     Raises:
         ValueError, OSError: the file is not UTF-8, or it cannot be read.
     """
     if name in PROMPTS:
         return PROMPTS[name]
     try:
-        return [("text", Path(name).read_text(encoding="utf-8"))]
+        return [(role, Path(name).read_text(encoding="utf-8"))]
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: not UTF-8 ({error})") from None
 

@@ -329,13 +329,14 @@ class Rollout:
         white space: most tokenizers split white space differently at the end of a string than
         inside running text, and the model would continue from a token boundary that it never saw.
         """
-        opening, closing = self.tags.documents
+        tags = self.tags
         last_token = self.tokenizer.decode(episode.token_ids[-1:])
         blanks = last_token[len(last_token.rstrip()) :]
         missing_new_lines = 2 - blanks.count("\n")
-        lines = [f"({n}){p['title']}   {p['text']}" for n, p in enumerate(passages, 1)]
-        text = "\n" * missing_new_lines + f"{opening}\n" + "\n".join(lines or ["(no results)"])
-        closing_ids = self._encode("\n" + closing)
+        lines = [tags.passage.format(number=n, **p) for n, p in enumerate(passages, 1)]
+        text = "\n" * missing_new_lines + tags.documents.opening + tags.inside
+        text += "\n".join(lines) or tags.no_passages
+        closing_ids = self._encode(tags.inside + tags.documents.closing + tags.behind)
         room = max(0, self.limits.max_context - len(episode.token_ids))
         budget = max(0, min(self.limits.max_document_tokens, room) - len(closing_ids))
         ids = self._encode(text[: self._max_document_characters])[:budget] + closing_ids

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import signals
 from checkpoint import Progress, export, load_checkpoint, newest_checkpoint, save_checkpoint
-from config import Config, parse_arguments
+from config import Config, parse_arguments, require_gpu
 from inference import describe_inputs
 from metrics import episode_record, summarize
 from packing import pack, plan_micro_batches
@@ -435,6 +435,7 @@ def iterate(sampler: Sampler, trainer: Trainer, run: RunFolder, progress: Progre
 def main(argv: list[str] | None = None) -> None:
     with user_errors("train.py"):
         arguments = parse_arguments(argv, __doc__)
+        require_gpu(arguments.preset)
         train(arguments.config, arguments.out_folder, arguments.resume, arguments.log)
 
 

@@ -59,11 +59,13 @@ class ScriptedEngine:
     stands for the engine's key of the sequence.
     """
 
-    def __init__(self, tokenizer, script: list[str]):
-        self.tokenizer, self.script, self.waiting, self.given = tokenizer, script, [], []
+    def __init__(self, tokenizer, script: list[str], tags=TAGS):
+        self.tokenizer, self.script, self.tags = tokenizer, script, tags
+        self.waiting, self.given, self.stops = [], [], set()
 
     def submit(self, key, token_ids, *, max_tokens, stop, temperature, seed):
-        turn = self.tokenizer.decode(token_ids).count(TAGS.documents.closing)
+        turn = self.tokenizer.decode(token_ids).count(self.tags.documents.closing)
+        self.stops.update(stop)
         self.given.append(list(token_ids))
         self.waiting.append((key, min(turn, len(self.script) - 1), max_tokens, stop))
 
@@ -96,10 +98,10 @@ def words(queries, k):
 def play(tokenizer):
     """Roll out one episode against a script; returns (episode, engine)."""
 
-    def run(script, search=words, queries=(), **limits):
-        engine = ScriptedEngine(tokenizer, script)
+    def run(script, search=words, queries=(), tags=TAGS, **limits):
+        engine = ScriptedEngine(tokenizer, script, tags)
         limits = Limits(**{"max_context": 4000, **limits})
-        rollout = Rollout(engine, tokenizer, search, TAGS, limits, deterministic=True)
+        rollout = Rollout(engine, tokenizer, search, tags, limits, deterministic=True)
         question = {"id": "0", "question": "q", "answers": ["a"]}
         prompt_ids = tokenizer.encode("Question: q\n<think>")
         episode = Episode(question, prompt_ids, queries=list(queries))

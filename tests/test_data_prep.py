@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import time
+import zipfile
 
 import pytest
 from filelock import FileLock
@@ -62,16 +63,20 @@ def test_compressed_files_and_folders_of_files_give_the_same(tmp_path):
     records = [article(f"{name}{i}", 250) for name in "abcdef" for i in range(4)]
     (tmp_path / "plain").write_text(jsonl(records))
     (tmp_path / "packed.gz").write_bytes(gzip.compress(jsonl(records).encode()))
+    with zipfile.ZipFile(tmp_path / "packed.zip", "w") as archive:
+        archive.writestr("wiki/a.jsonl", jsonl(records[:5]))
+        archive.writestr("__MACOSX/wiki/a.jsonl", b"\x00")
+        archive.writestr("wiki/b.jsonl", jsonl(records[5:]))
     (tmp_path / "folder" / "AA").mkdir(parents=True)
     for name, part in (("0.bz2", records[:9]), ("1.bz2", records[9:])):
         file = tmp_path / "folder" / "AA" / name
         file.write_bytes(bz2.compress(jsonl(part).encode()))
     outputs = []
-    for source in ("plain", "packed.gz", "folder"):
+    for source in ("plain", "packed.gz", "packed.zip", "folder"):
         out = tmp_path / f"{source}.out"
         call("kilt", "--source", tmp_path / source, "--out", out)
         outputs.append(out.read_bytes())
-    assert outputs[0] == outputs[1] == outputs[2] and outputs[0].count(b"\n") == 3 * 24
+    assert len(set(outputs)) == 1 and outputs[0].count(b"\n") == 3 * 24
 
 
 @pytest.mark.parametrize(
@@ -118,6 +123,10 @@ def test_what_cannot_be_converted_is_refused(tmp_path, capsys):
     assert re.search(r"source.gz: damaged after line \d\d ", refused(capsys, *words))
     source.write_bytes(jsonl([article("a", 3)]).encode())
     assert "source.gz: damaged after line 0" in refused(capsys, *words)
+    archive = source.rename(tmp_path / "source.zip")
+    zipped = refused(capsys, "kilt", "--source", archive, "--out", out)
+    assert "source.zip: damaged after line 0" in zipped
+    archive.unlink()
     source.write_bytes(gzip.compress(b"\n\n"))
     assert "holds no line" in refused(capsys, *words)
     source.write_bytes(packed)
@@ -308,6 +317,9 @@ def test_a_file_of_the_hub_is_asked_for_as_the_library_wants_it(tmp_path, monkey
         call("questions", "--format", "hotpotqa", "--source", source, "--out", tmp_path / f"{n}")
     assert asked == [("o/n", "a/d.json", "dataset", None), ("o/n", "d.json", "dataset", "v1")]
     assert (tmp_path / "0").read_bytes() == (tmp_path / "1").read_bytes() != b""
+    (tmp_path / "cached").write_text(GOOD_LINES["kilt"])
+    call("kilt", "--source", "hf://datasets/o/n/kilt.json", "--out", tmp_path / "passages")
+    assert len(read_passages(tmp_path / "passages")) == 1
 
 
 @pytest.mark.parametrize(

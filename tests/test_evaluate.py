@@ -15,6 +15,7 @@ from pytest_httpserver import HTTPServer
 from werkzeug import Request, Response
 
 import evaluate
+import protocol as rules
 import records
 from config import Config
 from inference import Inference, question_key
@@ -142,10 +143,36 @@ def test_a_mode_has_its_own_built_in_prompt(arguments, tmp_path):
     assert PROMPTS["chat_closed_book"][0][1] in row["segments"][0][1]
 
 
-def test_an_evaluation_from_before_there_were_modes_is_shown(arguments, tmp_path, capsys):
+def test_search_r1_in_an_evaluation(arguments, tmp_path, model_folder):
+    """Its limits unless they are given, one user message, EM and no rules of format."""
+    rows, protocol = transcripts_of(arguments, tmp_path, "--protocol=search-r1")
+    limits = {name: protocol[name] for name in rules.PROTOCOLS["search-r1"].limits}
+    given = {"max_turn_tokens": 64, "max_context": 400}
+    assert limits == rules.PROTOCOLS["search-r1"].limits | given
+    assert rows[0]["segments"][0][1].startswith("<|im_start|>user\nQuestion: who is 0?")
+    assert rows[0]["segments"][0][1].endswith("<|im_end|>\n<|im_start|>assistant\n")
+    results = read_metrics(tmp_path / "out")["results"]["all"]
+    right = [rules.squad_exact_match(row["answer"], "b") for row in rows]
+    assert results["em"] == sum(right) / len(rows) > 0
+    assert not {"f1", "acc_r", "format_rate", "reward"} & set(results)
+    assert {"searches", "answerable", "answerable_100"} <= set(results)
+
+
+def test_the_limits_of_the_default_protocol(arguments, tmp_path):
+    _, protocol = transcripts_of(arguments, tmp_path)
+    assert protocol["protocol"] == "r1-searcher"
+    assert (protocol["max_searches"], protocol["documents_per_search"]) == (8, 5)
+
+
+def test_search_r1_wants_a_prompt_of_its_own(arguments, capsys):
+    error = refused([*arguments, "--protocol=search-r1", "--prompt_file=base"], capsys)
+    assert "--protocol search-r1 needs --prompt_file" in error
+
+
+def test_an_evaluation_from_before_there_were_protocols_is_shown(arguments, tmp_path, capsys):
     evaluate.main(arguments)
     metrics = read_metrics(tmp_path / "out")
-    del metrics["protocol"]["mode"]
+    del metrics["protocol"]["mode"], metrics["protocol"]["protocol"]
     (tmp_path / "out" / "metrics.json").write_text(json.dumps(metrics))
     evaluate.main(arguments)
     assert "evaluated already" in capsys.readouterr().out
@@ -160,7 +187,7 @@ def test_a_finished_evaluation_is_shown_and_not_replaced(arguments, tmp_path, mo
     evaluate.main(arguments)
     before = contents(tmp_path / "out")
     monkeypatch.setattr(evaluate, "answer_questions", None)
-    monkeypatch.setattr(evaluate, "describe_software", lambda: {"commit": "a later one"})
+    monkeypatch.setattr(rules, "describe_software", lambda: {"commit": "a later one"})
     evaluate.main(arguments)
     assert "evaluated already" in capsys.readouterr().out
     error = refused([*arguments, "--max_searches=1"], capsys)
@@ -174,7 +201,7 @@ def test_the_protocol_names_what_the_numbers_depend_on(arguments, tmp_path, mode
     evaluate.main(arguments)
     protocol = read_metrics(tmp_path / "out")["protocol"]
     assert protocol["temperature"] == 0.0 and protocol["documents_per_search"] == 5
-    assert protocol["evaluator"] == evaluate.PROTOCOL_VERSION
+    assert protocol["evaluator"] == rules.PROTOCOL_VERSION
     questions = tmp_path / "q.jsonl"
     assert protocol["questions"] == [[str(questions), records.fingerprint(questions)]]
     passages = str(tmp_path / "c.jsonl")
@@ -189,26 +216,26 @@ def test_the_protocol_names_what_the_numbers_depend_on(arguments, tmp_path, mode
 def test_the_protocol_names_commit_modules_and_libraries(tmp_path, monkeypatch):
     git = ["git", "-c", "user.name=n", "-c", "user.email=e", "-C", str(tmp_path)]
     (tmp_path / "evaluate.py").write_text("1")
-    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
-    assert evaluate.describe_software()["commit"] == "unknown"
+    monkeypatch.setattr(rules, "__file__", str(tmp_path / "evaluate.py"))
+    assert rules.describe_software()["commit"] == "unknown"
     for words in ("init -q", "add .", "commit -q -m one"):
         subprocess.run([*git, *words.split()], check=True)
     head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
-    monkeypatch.setattr(evaluate, "version", lambda library: f"{library} 1.0")
-    software = evaluate.describe_software()
+    monkeypatch.setattr(rules, "version", lambda library: f"{library} 1.0")
+    software = rules.describe_software()
     versions = {library: f"{library} 1.0" for library in ("torch", "transformers", "vllm")}
     assert software == versions | {"commit": head, "modules": software["modules"]}
 
 
 def test_two_changed_trees_of_one_commit_have_two_names(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "__file__", str(tmp_path / "evaluate.py"))
+    monkeypatch.setattr(rules, "__file__", str(tmp_path / "evaluate.py"))
     modules = []
     for name, text in (("evaluate.py", "1"), ("evaluate.py", "2"), ("added.py", "1")):
         (tmp_path / name).write_text(text)
-        modules.append(evaluate.describe_software()["modules"])
+        modules.append(rules.describe_software()["modules"])
     assert len(set(modules)) == 3
     (tmp_path / "README.md").write_text("no number depends on it")
-    assert evaluate.describe_software()["modules"] == modules[-1]
+    assert rules.describe_software()["modules"] == modules[-1]
 
 
 @pytest.fixture
@@ -225,8 +252,8 @@ def test_an_unfinished_evaluation_does_not_go_on_with_other_software(
     arguments, unfinished, monkeypatch, capsys
 ):
     before = unfinished.read_bytes()
-    software = evaluate.describe_software()
-    monkeypatch.setattr(evaluate, "describe_software", lambda: software | {"torch": "0.1"})
+    software = rules.describe_software()
+    monkeypatch.setattr(rules, "describe_software", lambda: software | {"torch": "0.1"})
     error = refused(arguments, capsys)
     assert "begun with software" in error and "'torch': '0.1'" in error
     assert unfinished.read_bytes() == before

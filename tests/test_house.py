@@ -35,9 +35,11 @@ IMPORTS = {
     "dense": {"records"},
     "search_client": {"records"},
     "retriever": {"bm25", "dense", "records", "search_client"},
+    "answerability": {"records", "retriever", "reward"},
     "metrics": {"reward", "rollout"},
     "inference": {"engine", "metrics", "records", "retriever", "reward", "rollout"},
-    "evaluate": {"inference", "metrics", "records", "reward"},
+    "protocol": {"inference", "metrics", "records", "reward"},
+    "evaluate": {"answerability", "inference", "metrics", "protocol", "records", "reward"},
     "difficulty": {"inference", "records", "reward", "rollout"},
     "data_prep": {"difficulty", "records", "reward"},
     "sampler": {"config", "inference", "metrics", "policy", "records", "rollout"},
@@ -91,9 +93,9 @@ def size_of(path: Path) -> Size:
 
 
 GROUPS = {  # files, most lines, most tokens
-    "the algorithm": ([f"{name}.py" for name in ALGORITHM], 1_660, 10_000),
-    "all flat modules": ([f"{name}.py" for name in MODULES], 5_370, 30_250),
-    "tools": ([f"tools/{name}.py" for name in TOOLS], 1_300, None),
+    "the algorithm": ([f"{name}.py" for name in ALGORITHM], 1_680, 10_000),
+    "all flat modules": ([f"{name}.py" for name in MODULES], 5_630, 31_800),
+    "tools": ([f"tools/{name}.py" for name in TOOLS], 1_490, None),
     "benchmarks": (
         sorted(f"benchmarks/{p.name}" for p in ROOT.glob("benchmarks/*.py")),
         1_500,

@@ -1,6 +1,7 @@
 """What README, RESULTS.md and docs/ say is what the code does: commands, metrics, tables, links."""
 
 import functools
+import json
 import re
 import runpy
 import shlex
@@ -9,16 +10,22 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import tyro
 from torch.distributed.run import get_args_parser
 
 import config
+import data_prep
+import evaluate
+import retriever
 import signals
 import train
+from config import Arguments
 from evaluate import read_results
 from metrics import format_cell
-from tools import report
+from tools import check, report
+from tools.check import Check
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "RESULTS.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -26,7 +33,7 @@ README, RESULTS = (path.read_text() for path in DOCUMENTS[:2])
 TEXT = "\n".join(path.read_text() for path in DOCUMENTS)
 LINES = "".join(re.findall(r"```bash\n(.*?)```", TEXT, re.DOTALL)).splitlines()
 LINES += re.findall(r"`((?:python|make) [^`]+)`", TEXT)
-COMMANDS = sorted({line for line in LINES if not line.startswith("#")})
+COMMANDS = sorted({line for line in LINES if not line.startswith(("#", "git ", "wget "))})
 SCRIPTS = sorted({word for line in COMMANDS for word in line.split() if word.endswith(".py")})
 DEMO = sorted(ROOT.glob("results/demo/seed*"))
 
@@ -61,10 +68,10 @@ def test_every_command_parses(line, monkeypatch):
     script, *arguments = words
     if program == "make":
         subprocess.run(["make", "-n", *words], cwd=ROOT, capture_output=True, check=True)
-    elif script == "train.py":
+    elif script in ("train.py", "tools/check.py"):
         monkeypatch.setattr(config.torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(config.Path, "is_file", lambda path: True)  # the model of stage 1
-        config.parse_arguments(arguments, "")
+        config.parse_arguments(arguments, "", Check if script == "tools/check.py" else Arguments)
     else:
         assert parse(script, arguments) or script == "benchmarks/dense_memory.py"  # has no options
 
@@ -80,6 +87,81 @@ def test_the_demo_evaluates_with_the_limits_it_trains_with():
         values = vars(evaluation)
         for preset in config.PRESETS["demo"].values():
             assert [values[name] for name in names] == [preset[name] for name in names]
+
+
+FROM_NOTHING = re.search(r"From nothing.*?```bash\n(.*?)```", README, re.DOTALL)[1].splitlines()
+# What the lines of the block get besides their own options: a tiny model, and little of everything.
+TINY_LIMITS = "--engine transformers --max_context 1200 --max_turn_tokens 16".split()
+TINY_RUN = [*TINY_LIMITS, *"--preset demo --prompt_file base --retriever data/bm25".split()]
+TINY_RUN += "--steps 1 --prompts_per_step 2 --samples_per_prompt 2".split()
+
+
+def stand_in(folder: Path) -> None:
+    """What git, wget and the hub fetch, in small."""
+    for file, count in ("training_set/stage_1", 8), ("training_set/stage_2", 8):
+        path = folder / f"released/data/{file}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = [{"idx": i, "question": f"who is {i}?", "answer": "b"} for i in range(count)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    articles = [
+        {
+            "wikipedia_id": str(i),
+            "wikipedia_title": f"Who {i}",
+            "text": [f"Who {i}\n", f"{i} is b."],
+        }
+        for i in range(8)
+    ]
+    lines = [json.dumps(article) + "\n" for article in articles]
+    (folder / "kilt_knowledgesource.json").write_text("".join(lines))
+    hub = folder / "hub/bamboogle/test.jsonl"
+    hub.parent.mkdir(parents=True)
+    hub.write_text('{"id": "test_0", "question": "who is 3?", "golden_answers": ["b", "c"]}\n')
+    (folder / "search-r1.txt").write_text("Answer it. Question: {question}\n")
+
+
+def run_line(line: str, model: str) -> None:
+    """A line of the block, on the tiny model."""
+    program, *words = shlex.split(line, comments=True)
+    if program in ("git", "wget"):
+        assert words[-1] == "released" or Path(words[-1].rpartition("/")[2]).exists()
+    elif program == "torchrun":
+        stage = words[words.index("--stage") + 1]
+        files = ["--questions", f"data/stage_{stage}.jsonl", "--out", f"runs/stage{stage}"]
+        before = model if stage == "1" else "runs/stage1/model"
+        train = str(ROOT / words[words.index("train.py")])
+        options = ["--stage", stage, *TINY_RUN, *files, "--model", before]
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", train, *options]
+        subprocess.run(command, check=True, capture_output=True)
+    else:
+        script, *arguments = words
+        if script == "tools/check.py":
+            arguments += [*TINY_RUN, "--questions", "data/stage_1.jsonl", "--model", model]
+        if script == "evaluate.py":
+            arguments += TINY_LIMITS
+            arguments = [model if "/SearchR1" in word else word for word in arguments]
+        modules = [data_prep, retriever, check, evaluate]
+        (module,) = [m for m in modules if m.__name__ == script[:-3].replace("/", ".")]
+        module.main(arguments)
+
+
+def test_the_block_from_nothing(tmp_path, model_folder, monkeypatch, capsys):
+    """Every line of it, on small stand-ins: both stages train, both protocols evaluate."""
+
+    def hf_hub_download(repo_id, filename, *, repo_type, revision):
+        assert (repo_id, repo_type) == ("RUC-NLPIR/FlashRAG_datasets", "dataset")
+        return str(tmp_path / "hub" / filename)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", hf_hub_download)
+    stand_in(tmp_path)
+    for line in FROM_NOTHING:
+        if not line.startswith("#"):
+            run_line(line, model_folder)
+    shown = capsys.readouterr().out
+    assert "will fail" not in shown and shown.count("metrics: ") == 2
+    for out, metric in (("runs/eval", "f1"), ("runs/search-r1", "em")):
+        results = json.loads(Path(out, "metrics.json").read_text())["results"]["bamboogle"]
+        assert metric in results and results["n"] == 1 and results["answerable"] == 1.0
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

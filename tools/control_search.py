@@ -5,11 +5,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from answerability import holds_answer
 from bm25 import TantivyBM25
 from dense import PassageFile, write_rows
 from records import Passage, fingerprint, read_questions
 from retriever import Retriever, open_retriever, retriever_fingerprint
-from reward import contiguous_match
 from rollout import derive_seed
 
 # Of so many passages about a question and its answers, the oracle returns those with an answer.
@@ -47,12 +47,6 @@ class Oracle:
             for nearest in self.index.search([query], 1)[0]:
                 return nearest["text"]
         return query
-
-
-def holds_answer(passage: Passage, answers: list[str]) -> bool:
-    """Whether an answer occurs in one piece in the title or in the text."""
-    parts = (passage["title"], passage["text"])
-    return any(contiguous_match(part, answer) for part in parts for answer in answers)
 
 
 class RandomPassages:

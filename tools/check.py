@@ -1,0 +1,279 @@
+"""Before the first GPU hour: do model, prompt, data, index, memory and disk fit together?
+
+    python tools/check.py --stage 1 --retriever data/bm25    # the options of train.py, and --gpus
+
+It loads no weights and no engine, and runs on a machine without a GPU too. Memory is estimated, not
+measured: see docs/gpus.md. Exit status 2 if anything will fail.
+"""
+
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from answerability import FIRST, are_answered
+from checkpoint import KEEP_CHECKPOINTS
+from config import Arguments, Config, parse_arguments
+from policy import meta_model, refuse_unsupported
+from records import read_questions, user_errors
+from retriever import open_retriever
+from reward import load_prompt
+from rollout import prompt_encoder
+
+GB = 1e9
+ASKED = 64  # training questions that are searched for
+HEAD_CHUNK = 1024  # states whose logits are in memory at a time (`token_log_probs`)
+SHOWN = 200  # characters of the prompt's end
+
+
+@dataclass(frozen=True)
+class Check(Arguments):
+    """The command line of train.py, and the node."""
+
+    gpus: int = torch.cuda.device_count() or 8  # GPUs of all nodes together
+    gpu_memory_gb: float = 80.0  # of one GPU, where this machine has none
+
+
+# --------------------------------------------------------------------------------------------------
+# Memory: formulas fitted to the simulation of benchmarks/memory_7b.py, which they meet within 5 %
+
+
+def training_bytes(lm, config: Config, ranks: int) -> tuple[float, float]:
+    """Bytes of one rank at the peak of an update: (what the ranks share, what each one needs).
+
+    Shared: parameters, gradients and Adam's moments in fp32, a bf16 reference if there is KL.
+    Its own: embedding, head and the gradient of each, whole and in bf16; logits of a chunk and
+    their gradient; activations of a micro-batch.
+    """
+    shape = lm.config
+    parameters = sum(p.numel() for p in lm.parameters())
+    shared = parameters * (16 + 2 * (config.kl_coef > 0)) / ranks
+    vocabularies = 1 if shape.tie_word_embeddings else 2
+    own = 2 * vocabularies * 2 * shape.vocab_size * shape.hidden_size
+    own += 1.5 * 4 * HEAD_CHUNK * shape.vocab_size
+    # bf16 tensors of a token within one layer, some of the hidden size, some of the MLP's.
+    if config.gradient_checkpointing:
+        widths = shape.num_hidden_layers * shape.hidden_size  # what each layer starts from
+        widths += 5 * shape.intermediate_size + 14 * shape.hidden_size
+    else:
+        widths = 4 * shape.intermediate_size + 11 * shape.hidden_size
+        widths *= shape.num_hidden_layers
+    return shared, own + 2 * widths * config.micro_batch_tokens
+
+
+def cache_bytes(shape, tokens: int) -> float:
+    """Keys and values of so many tokens in bf16."""
+    heads = shape.num_key_value_heads
+    head_size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
+    return 2 * 2 * shape.num_hidden_layers * heads * head_size * tokens
+
+
+# --------------------------------------------------------------------------------------------------
+# The checks. Each returns what is worth knowing, or raises what train.py would stop at.
+
+
+class Checks:
+    def __init__(self, check: Check):
+        self.check, self.config = check, check.config
+        self.model_is_missing = False
+
+    @cached_property
+    def lm(self):
+        """The model without storage."""
+        if self.model_is_missing:
+            raise ValueError("cannot be checked without the model")
+        self.model_is_missing = True  # until it is found: the hub is asked once
+        try:
+            lm = meta_model(self.config.model)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            remedy = "give a model folder, or fetch it: hf download OWNER/NAME"
+            raise ValueError(f"--model {self.config.model}: {reason}; {remedy}") from None
+        self.model_is_missing = False
+        return lm
+
+    @cached_property
+    def parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.lm.parameters())
+
+    @cached_property
+    def questions(self) -> list[dict]:
+        try:
+            return read_questions(self.config.questions)
+        except FileNotFoundError:
+            remedy = "make it with data_prep.py questions"
+            raise ValueError(
+                f"--questions {self.config.questions} is not there; {remedy}"
+            ) from None
+
+    def model(self) -> str:
+        config, shape = self.config, self.lm.config
+        refuse_unsupported(config.model, config.max_context)
+        longest = getattr(shape, "max_position_embeddings", config.max_context)
+        if longest < config.max_context:
+            raise ValueError(f"the model takes {longest} tokens; lower --max_context to that")
+        millions = self.parameters / 1e6
+        return f"{shape.model_type}, {millions:,.0f} M parameters, {longest:,} tokens"
+
+    def prompt(self) -> str:
+        from transformers import AutoTokenizer
+
+        config, _ = self.config, self.lm  # without a model there is no tokenizer
+        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        encode = prompt_encoder(tokenizer, load_prompt(config.prompt_file))
+        ids = encode("Who directed the film Red Harbor?")
+        left = config.max_context - len(ids)
+        if left < config.max_turn_tokens:
+            raise ValueError(f"{left} of --max_context {config.max_context} tokens are left for it")
+        return f"{len(ids)} tokens, ending in\n{tokenizer.decode(ids)[-SHOWN:]}"
+
+    def training_questions(self) -> str:
+        config, count = self.config, len(self.questions)
+        passes = config.steps * config.prompts_per_step / count
+        return f"{count:,} in {config.questions}, {passes:.2g} passes in {config.steps} steps"
+
+    def validation_questions(self) -> str:
+        if not self.config.eval_every:
+            return "none: --eval_every is off, and no best model is kept"
+        return f"{len(read_questions(self.config.eval_questions)):,}"
+
+    def search(self) -> str:
+        """Asks the questions themselves, one after another."""
+        config, asked = self.config, self.questions[:ASKED]
+        retriever = open_retriever(config.retriever)
+        begin = time.perf_counter()
+        found = [retriever.search([q["question"]], config.documents_per_search)[0] for q in asked]
+        milliseconds = 1e3 * (time.perf_counter() - begin) / len(asked)
+        first = retriever.search([q["question"] for q in asked], FIRST)
+        recall = sum(are_answered(found, asked)) / len(asked)
+        answerable = sum(are_answered(first, asked)) / len(asked)
+        if answerable == 0:
+            raise ValueError(
+                f"no answer to {len(asked)} questions in the first {FIRST} passages of each: "
+                f"--retriever {config.retriever} is of another corpus than {config.questions}"
+            )
+        return (
+            f"{milliseconds:.0f} ms a query; the answer to a question stands in its first "
+            f"{config.documents_per_search} passages for {recall:.0%}, in its first {FIRST} "
+            f"for {answerable:.0%} of {len(asked)} questions"
+        )
+
+    def rollout_batch(self) -> str:
+        config = self.config
+        episodes = config.prompts_per_step * config.samples_per_prompt
+        tokens = episodes * config.max_context
+        return f"{episodes:,} episodes, at most {tokens:,} tokens"
+
+    def memory(self) -> str:
+        on_gpus = self.check.preset != "demo" or torch.cuda.is_available()
+        return self.gpu_memory() if on_gpus else self.host_memory()
+
+    def gpu_memory(self) -> str:
+        config, ranks = self.config, self.check.gpus
+        memory = self.check.gpu_memory_gb * GB
+        if torch.cuda.is_available():
+            memory = torch.cuda.get_device_properties(0).total_memory
+        shared, own = training_bytes(self.lm, config, ranks)
+        gradients = 4 * self.parameters / ranks  # they are freed before a rollout
+        if config.cpu_offload:
+            shared = gradients = 0.0
+        awake = config.gpu_memory_utilization * memory
+        training, rolling_out = shared + own, shared - gradients + awake
+        peaks = (
+            f"about {training / GB:.0f} GB in an update and {rolling_out / GB:.0f} GB in a "
+            f"rollout, of {memory / GB:.0f} on each of {ranks} GPUs"
+        )
+        if max(training, rolling_out) > memory:
+            raise ValueError(
+                f"{peaks}; lower --micro_batch_tokens or --gpu_memory_utilization, take more GPUs, "
+                "or give --cpu_offload"
+            )
+        weights = 2 * self.parameters
+        cache = cache_bytes(self.lm.config, config.max_context)
+        if weights + cache > awake:
+            raise ValueError(
+                f"the engine's weights and one episode take {(weights + cache) / GB:.0f} GB of its "
+                f"{awake / GB:.0f}; raise --gpu_memory_utilization or lower --max_context"
+            )
+        return f"{peaks}; cache for {(awake - weights) / cache:.0f} episodes of --max_context"
+
+    def host_memory(self) -> str:
+        shared, own = training_bytes(self.lm, self.config, 1)
+        needed = shared + own + 2 * self.parameters + 2**30  # the engine: weights, and its cache
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        share = f"about {needed / GB:.1f} GB of this machine's {memory / GB:.0f}"
+        if needed > memory:
+            raise ValueError(f"{share}; lower --micro_batch_tokens or take a smaller model")
+        return share
+
+    def disk(self) -> str:
+        config = self.config
+        parameters = self.parameters
+        best = config.eval_every > 0
+        checkpoints = KEEP_CHECKPOINTS + 1 + best  # one is written before the oldest goes
+        needed = checkpoints * 12 * parameters + (1 + best) * 2 * parameters
+        out = self.check.out_folder
+        there = next(path for path in [out, *out.absolute().parents] if path.exists())
+        free = shutil.disk_usage(there).free
+        size = f"{checkpoints} checkpoints and the model: {needed / GB:.1f} GB of {free / GB:.0f}"
+        if needed > free:
+            raise ValueError(f"{size} free at {there}; give --out another disk")
+        return f"{size} free"
+
+    def run_folder(self) -> str:
+        out = self.check.out_folder
+        if (out / "metrics.jsonl").exists() and not self.check.resume:
+            raise ValueError(f"{out} holds a run already; give --resume, or another --out")
+        return str(out)
+
+
+ORDER: tuple[Callable[[Checks], str], ...] = (
+    Checks.model,
+    Checks.prompt,
+    Checks.training_questions,
+    Checks.validation_questions,
+    Checks.search,
+    Checks.rollout_batch,
+    Checks.memory,
+    Checks.disk,
+    Checks.run_folder,
+)
+
+
+def run_checks(check: Check) -> bool:
+    """Print a line for each check; whether all are ok."""
+    checks = Checks(check)
+    all_ok = True
+    for each in ORDER:
+        try:
+            verdict, detail = "ok", each(checks)
+        except (ValueError, OSError, RuntimeError) as error:
+            verdict, detail = "will fail", str(error)
+            all_ok = False
+        name = each.__name__.replace("_", " ")
+        first, *rest = detail.splitlines()
+        print(f"{verdict:9}  {name:20}  {first}")
+        for line in rest:
+            print(f"{'':9}  {'':20}  | {line}")
+    return all_ok
+
+
+def main(argv: list[str] | None = None) -> None:
+    with user_errors("check.py"):
+        check = parse_arguments(argv, __doc__, Check)
+        if check.gpus < 1:
+            raise ValueError("--gpus must be at least 1")
+        if not run_checks(check):
+            sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -56,6 +56,7 @@ class VLLMEngine:
         max_context: tokens of the longest sequence.
         gpu_memory_utilization: share of the GPU for weights and KV cache while the engine is awake.
         dtype: of weights and computation.
+        sleep_mode: `sleep` frees the GPU. Only one engine of a process can have it.
     """
 
     def __init__(
@@ -64,11 +65,14 @@ class VLLMEngine:
         max_context: int,
         gpu_memory_utilization: float = 0.6,
         dtype: str = "bfloat16",
+        sleep_mode: bool = False,
     ):
         import torch
 
         self.on_gpu = torch.cuda.is_available()
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        self.sleep_mode = sleep_mode and self.on_gpu
+        # On a GPU a reload of weights that fails is only a warning.
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING" if self.on_gpu else "ERROR")
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are handed over in the process
         if not self.on_gpu:
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
@@ -88,7 +92,7 @@ class VLLMEngine:
             # generator cannot do.
             enable_chunked_prefill=self.on_gpu,
             enforce_eager=not self.on_gpu,
-            enable_sleep_mode=self.on_gpu,
+            enable_sleep_mode=self.sleep_mode,
             # fp32 logits, as the trainer computes them; a CPU would convert the head at every step.
             hf_overrides={"head_dtype": "float32"} if self.on_gpu else None,
             logprobs_mode="processed_logprobs",  # after temperature, as the trainer computes them
@@ -131,9 +135,9 @@ class VLLMEngine:
 
     def load_weights(self, named_tensors):
         self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(named_tensors)})
-        if self.on_gpu:
+        if self.sleep_mode:
             self.llm.wake_up(tags=["kv_cache"])
-        else:
+        if not self.on_gpu:
             self.llm.apply_model(_repack_tied_head)
         # The prefix cache was computed with the old weights.
         if not self.llm.reset_prefix_cache():
@@ -141,12 +145,12 @@ class VLLMEngine:
 
     def sleep(self):
         """Free the GPU for the trainer. Level 2 drops the weights too: the trainer has newer."""
-        if self.on_gpu:
+        if self.sleep_mode:
             self.llm.sleep(level=2)
 
     def wake_up(self):
         """Take memory for the weights; `load_weights` fills it and takes the KV cache's, too."""
-        if self.on_gpu:
+        if self.sleep_mode:
             self.llm.wake_up(tags=["weights"])
 
 
@@ -224,8 +228,10 @@ class TransformersEngine:
 ENGINES = ("vllm", "transformers")
 
 
-def open_engine(name: str, model: str, max_context: int, gpu_memory_utilization: float) -> Engine:
+def open_engine(
+    name: str, model: str, max_context: int, gpu_memory_utilization: float, sleep_mode: bool
+) -> Engine:
     """The engine that `--engine` names."""
     if name == "vllm":
-        return VLLMEngine(model, max_context, gpu_memory_utilization)
+        return VLLMEngine(model, max_context, gpu_memory_utilization, sleep_mode=sleep_mode)
     return TransformersEngine(model)

@@ -55,7 +55,7 @@ def describe_inputs(options: Inference) -> dict[str, str | None]:
 
 
 def open_rollout(
-    options: Inference, tags: Tags = TAGS, prompt_role: str = "text"
+    options: Inference, tags: Tags = TAGS, prompt_role: str = "text", sleep_mode: bool = False
 ) -> tuple[Rollout, Callable[[str], list[int]]]:
     """Open a model for inference: the loop over it, and the encoder from question to prompt ids.
 
@@ -64,6 +64,7 @@ def open_rollout(
     Args:
         tags: of the protocol.
         prompt_role: of the text of a prompt file, where the tokenizer has a chat template.
+        sleep_mode: the engine shares the GPU with a trainer.
     """
     import torch
     from transformers import AutoTokenizer
@@ -76,7 +77,11 @@ def open_rollout(
     role = prompt_role if tokenizer.chat_template else "text"
     encode = prompt_encoder(tokenizer, load_prompt(options.prompt_file, role))
     engine = open_engine(
-        options.engine, options.model, options.max_context, options.gpu_memory_utilization
+        options.engine,
+        options.model,
+        options.max_context,
+        options.gpu_memory_utilization,
+        sleep_mode,
     )
     deterministic = not torch.cuda.is_available()
     return Rollout(engine, tokenizer, search, tags, options, deterministic), encode

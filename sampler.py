@@ -20,6 +20,8 @@ from rollout import Episode, derive_seed
 
 MAX_SEARCH_FAILURES = 0.2  # share of a step's queries that may fail; with more the run stops
 MIN_SEARCHES = 20  # queries of which the share is taken: those of earlier steps count if need be
+# `sampler_gap` at which the run stops: in bf16 it is about 0.01, with wrong weights several nats.
+MAX_SAMPLER_GAP = 1.0
 
 
 def questions_of_step(questions: list[dict], step: int, count: int, seed: int) -> list[dict]:
@@ -42,7 +44,7 @@ class Sampler:
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.questions = read_questions(config.questions)
         self.eval_questions = read_questions(config.eval_questions) if config.eval_every else []
-        self.rollout, self.encode = open_rollout(config)
+        self.rollout, self.encode = open_rollout(config, sleep_mode=True)
         self.failed_searches: list[bool] = []  # of the last queries, whether each one failed
         self.engine = self.rollout.engine
         self.engine.sleep()
@@ -85,6 +87,15 @@ class Sampler:
         if sum(recent) > MAX_SEARCH_FAILURES * considered:
             errors = [error for [error] in gather([self.rollout.search_error]) if error]
             raise RuntimeError(f"{sum(recent)} of {len(recent)} searches failed: {errors[0]}")
+
+    def stop_if_engine_differs(self, sampler_gap: float) -> None:
+        """Raises RuntimeError if the engine samples from another model than the one that trains.
+
+        vLLM only logs a reload of weights that failed, and after sleep it has no others.
+        """
+        if sampler_gap > MAX_SAMPLER_GAP:
+            gap = f"the log-probabilities of engine and trainer differ by {sampler_gap:.2f} a token"
+            raise RuntimeError(f"{gap}: the engine lacks the trainer's weights (docs/gpus.md)")
 
     def evaluate(self, policy: Policy) -> dict[str, float]:
         """Metrics of greedy answers to the validation questions, each rank's share of them."""

@@ -125,12 +125,8 @@ class Trainer:
         self.config, self.policy, self.reference = config, policy, reference
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.optimizer = torch.optim.AdamW(
-            policy.parameters(),
-            lr=config.learning_rate,
-            betas=ADAM_BETAS,
-            weight_decay=0.0,
-            fused=True,
+        self.optimizer = torch.optim.AdamW(  # `step` sets the learning rate
+            policy.parameters(), betas=ADAM_BETAS, weight_decay=0.0, fused=True
         )
 
     def plan(self, batch: Batch, chosen: list[int]) -> list[list[list[int]]]:
@@ -285,6 +281,7 @@ class Trainer:
             "skipped_updates": skipped,
             "consecutive_skipped": consecutive_skipped,
             "trained_tokens": int(is_trained.sum()),
+            "peak_memory_gib": peak_memory_gib(),
         }
         if updates:
             metrics["grad_norm"] = grad_norms / updates
@@ -305,6 +302,12 @@ class Trainer:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def sampler_gap(self, batch: Batch) -> float:
+        """Mean abs(log pi - log pi_sampler) of some episodes, for steps that train on none."""
+        chosen = batch.with_loss()[: self.config.samples_per_prompt]
+        log_ratio = self.log_probs(self.policy, batch, chosen) - batch.sampler_log_probs
+        return log_ratio[chosen][batch.loss_mask[chosen]].abs().mean().item()
 
     def log_prob_right(self, probe: list[dict]) -> dict[str, float]:
         """Mean log-probability a token of the probe under the policy, once the probe is whole."""
@@ -405,7 +408,7 @@ def iterate(sampler: Sampler, trainer: Trainer, run: RunFolder, progress: Progre
         batch = make_batch(episodes, config.samples_per_prompt, trainer.device)
         metrics |= trainer.compute_advantages(batch)
         metrics |= trainer.update(batch, progress)
-    metrics["peak_memory_gib"] = peak_memory_gib()
+    sampler.stop_if_engine_differs(metrics.get("sampler_gap") or trainer.sampler_gap(batch))
 
     # Evaluate the policy that the updates have made.
     probe = signals.extend_probe(progress.probe, episodes)

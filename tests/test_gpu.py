@@ -28,7 +28,9 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def engine(model_folder):
-    return VLLMEngine(model_folder, max_context=400, gpu_memory_utilization=0.2, dtype="float32")
+    return VLLMEngine(
+        model_folder, max_context=400, gpu_memory_utilization=0.2, dtype="float32", sleep_mode=True
+    )
 
 
 @needs_vllm

@@ -93,8 +93,8 @@ def size_of(path: Path) -> Size:
 
 
 GROUPS = {  # files, most lines, most tokens
-    "the algorithm": ([f"{name}.py" for name in ALGORITHM], 1_680, 10_000),
-    "all flat modules": ([f"{name}.py" for name in MODULES], 5_630, 31_800),
+    "the algorithm": ([f"{name}.py" for name in ALGORITHM], 1_690, 10_100),
+    "all flat modules": ([f"{name}.py" for name in MODULES], 5_660, 31_900),
     "tools": ([f"tools/{name}.py" for name in TOOLS], 1_490, None),
     "benchmarks": (
         sorted(f"benchmarks/{p.name}" for p in ROOT.glob("benchmarks/*.py")),

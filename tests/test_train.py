@@ -26,7 +26,7 @@ import signals
 import train
 from checkpoint import Progress
 from config import Config
-from engine import VLLMEngine
+from engine import TransformersEngine, VLLMEngine
 from reward import TAGS
 from rollout import Episode, Limits, Rollout
 from sampler import Sampler, questions_of_step
@@ -598,6 +598,21 @@ def test_failed_searches_of_a_small_batch_stop_no_run_and_earn_nothing(world, mo
     assert len(others) == 2
     assert (first["search_failures"], first["search_rate"] > 0) == (1, True)
     assert first["reward"] == 0.5 * first["format_rate"]
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "reinforce++"])
+def test_a_run_whose_engine_has_other_weights_stops(world, monkeypatch, algorithm):
+    """Such samples earn nothing, so that there may be nothing to train on."""
+    load = TransformersEngine.load_weights
+
+    def load_others(engine, named_tensors):
+        torch.manual_seed(0)
+        load(engine, ((name, torch.randn_like(tensor)) for name, tensor in named_tensors))
+
+    monkeypatch.setattr(TransformersEngine, "load_weights", load_others)
+    with pytest.raises(RuntimeError, match="the engine lacks the trainer's weights"):
+        train.train(dataclasses.replace(world, algorithm=algorithm), Path("a"))
+    assert not list(Path("a/checkpoints").glob("step*"))
 
 
 def test_the_real_vllm_on_two_ranks_then_resumed_on_one(world):

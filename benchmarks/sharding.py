@@ -136,6 +136,7 @@ def measure(model: Path, out: Path, way: str, ranks: int) -> dict:
 def main(
     ranks: int = 2,
     layers: int = SHAPE["num_hidden_layers"],
+    hidden: int = SHAPE["hidden_size"],
     json: bool = False,
     rank_of: Literal["whole", "sharded"] | None = None,
     model: str = "",
@@ -146,7 +147,7 @@ def main(
         run_rank(model, out, rank_of)
     with TemporaryDirectory(dir=out) as folder:
         path = Path(folder)
-        make_model(path / "model", SHAPE | {"num_hidden_layers": layers})
+        make_model(path / "model", SHAPE | {"num_hidden_layers": layers, "hidden_size": hidden})
         rows = {way: measure(path / "model", path, way, ranks) for way in ("whole", "sharded")}
         for row in rows.values():
             show(row, json)

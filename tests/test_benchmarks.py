@@ -176,6 +176,14 @@ def test_log_probs():
     assert ratios["largest_error"] < 1e-5 and ratios["memory"] < 0.5 and ratios["time"] > 0
 
 
+def test_sharding(tmp_path):
+    options = ("--layers=2", "--hidden=112", "--out", tmp_path)
+    whole, sharded, ratios = rows_of("sharding.py", *options)
+    assert whole["parameters"] == sharded["parameters"] > 3e7
+    assert sharded["checkpoint_gb"] == pytest.approx(12 * sharded["parameters"] / 1e9, rel=1e-3)
+    assert len(ratios) == 3 and min(ratios.values()) > 0
+
+
 def test_rollout(model_folder):
     ratios = rows_of("rollout.py", "--model", model_folder, "--cells=1", "--repeats=1")[-1]
     (found,) = ratios.values()

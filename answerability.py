@@ -16,6 +16,7 @@ from records import Passage, scan_passages, write_text
 from retriever import open_retriever, passage_file, retriever_fingerprint
 from reward import contiguous_match, normalize
 
+VERSION = 1  # of what is kept: raise it when the same passages would get other answers
 FIRST = 100  # passages
 QUERIES_AT_A_TIME = 64
 
@@ -70,8 +71,8 @@ def in_any_passage(corpus: Path, questions: list[dict]) -> list[bool]:
 def measure_answerability(source: str, questions: list[dict]) -> list[dict[str, bool]]:
     """`answerable_100` and, where the passages are on this disk, `answerable` of each question.
 
-    What a web search engine could find is not measured. The answer is kept beside the passages, in
-    `answerability/`, since a large corpus takes an hour.
+    What a web search engine could find is not measured. The answers are kept beside the passages,
+    in `answerability/`: to read a large corpus takes long.
 
     Args:
         source: as --retriever.
@@ -80,19 +81,23 @@ def measure_answerability(source: str, questions: list[dict]) -> list[dict[str, 
     if fingerprint is None or "web search" in fingerprint:
         return [{} for _ in questions]
     corpus = passage_file(source)
-    key = json.dumps([fingerprint, [[q["question"], q["answers"]] for q in questions]])
-    kept = None
+    name = hashlib.sha256(f"{VERSION} {FIRST} {fingerprint}".encode()).hexdigest()[:16]
+    file = Path(corpus or ".").parent / "answerability" / f"{name}.json"
+    known = {}
     if corpus is not None:
-        name = hashlib.sha256(key.encode()).hexdigest()[:16]
-        kept = corpus.parent / "answerability" / f"{name}.json"
         with suppress(OSError, ValueError):
-            return json.loads(kept.read_text())
-    columns = {"answerable_100": in_first_passages(open_retriever(source).search, questions)}
-    if corpus is not None:
-        columns["answerable"] = in_any_passage(corpus, questions)
-    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    if kept is not None:
+            known = json.loads(file.read_text())
+    keys = [json.dumps([question["question"], question["answers"]]) for question in questions]
+    missing = {key: q for key, q in zip(keys, questions, strict=True) if key not in known}
+    if missing:
+        new = list(missing.values())
+        columns = {"answerable_100": in_first_passages(open_retriever(source).search, new)}
+        if corpus is not None:
+            columns["answerable"] = in_any_passage(corpus, new)
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        known |= dict(zip(missing, rows, strict=True))
+    if missing and corpus is not None:
         with suppress(OSError):  # a folder that nothing can be written to
-            kept.parent.mkdir(exist_ok=True)
-            write_text(kept, json.dumps(rows))
-    return rows
+            file.parent.mkdir(exist_ok=True)
+            write_text(file, json.dumps(known))
+    return [known[key] for key in keys]

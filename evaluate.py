@@ -5,7 +5,8 @@
     python evaluate.py judge DIR/transcripts.jsonl --base_url http://127.0.0.1:8000/v1 --model NAME
 
 `run` uses the loop, the prompt and the rules of training (the official code has other prompts,
-stops and caps in training than in evaluation); `--mode` has baselines without the loop. Every
+stops and caps in training than in evaluation), unless `--protocol` names another paper's; `--mode`
+has baselines without the loop. Every
 question of every file is answered and counted once; decoding is greedy by default. `run` and
 `judge` may be killed: the same command goes on.
 """
@@ -79,8 +80,16 @@ def answer_remaining(evaluation: Evaluation, questions: list[dict], journal: Jou
     if remaining:
         protocol = PROTOCOLS[evaluation.protocol]
         rollout, encode = open_rollout(evaluation, protocol.tags, protocol.prompt_role)
+
+        def encode_question(question: str) -> list[int]:
+            return encode(protocol.ask(question))
+
         answered = answer_questions(
-            rollout, encode, remaining, evaluation.seed, search_first=evaluation.mode == "single"
+            rollout,
+            encode_question,
+            remaining,
+            evaluation.seed,
+            search_first=evaluation.mode == "single",
         )
         for record in tqdm(answered, "evaluate", len(questions), initial=len(finished)):
             journal.append(record)
@@ -141,10 +150,11 @@ def run(evaluation: Annotated[Evaluation, tyro.conf.arg(name="")]) -> None:
         refuse_changed_settings(metrics_file, saved, protocol, "change --out", {"software"})
         print(f"{out}: evaluated already")
     else:
+        answerable = [{} for _ in questions]
+        if evaluation.answerability and evaluation.retriever is not None:
+            answerable = measure_answerability(evaluation.retriever, questions)
         records = answer_remaining(evaluation, questions, Journal(journal_file, protocol))
-        if evaluation.retriever is not None:
-            answerability = measure_answerability(evaluation.retriever, questions)
-            records = [a | b for a, b in zip(records, answerability, strict=True)]
+        records = [record | row for record, row in zip(records, answerable, strict=True)]
         write_jsonl(out / "transcripts.jsonl", records)
         results = measure_by_dataset(records, PROTOCOLS[evaluation.protocol].metrics_of)
         metrics = {"protocol": protocol, "results": results}

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from inference import Inference, describe_inputs
-from metrics import record_metrics
+from metrics import ANSWERABILITY, record_metrics
 from records import fingerprint
 from reward import PROMPTS, TAGS, Tag, Tags, best
 
@@ -26,19 +26,20 @@ PUNCTUATION = set(string.punctuation)
 def squad_exact_match(prediction: str, gold: str) -> float:
     """Exact match as SQuAD's evaluator has it, which deletes punctuation: "acid-house" is one word.
 
-    An answer that is empty then matches nothing.
+    Only an answer that is missing matches nothing.
     """
 
     def normalize(text: str) -> str:
         kept = "".join(character for character in text.lower() if character not in PUNCTUATION)
         return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
 
-    return float(normalize(gold) != "" and normalize(prediction) == normalize(gold))
+    return float(prediction != "" and normalize(prediction) == normalize(gold))
 
 
-SEARCH_R1_KEEPS = """
-    search_rate searches truncated_rate response_len search_failed_rate answerable_100 answerable
-""".split()
+SEARCH_R1_KEEPS = (
+    *("search_rate", "searches", "truncated_rate", "response_len", "search_failed_rate"),
+    *ANSWERABILITY,
+)
 
 
 def search_r1_metrics(record: dict) -> dict[str, float]:
@@ -48,9 +49,14 @@ def search_r1_metrics(record: dict) -> dict[str, float]:
     return {"em": em} | {name: metrics[name] for name in SEARCH_R1_KEEPS if name in metrics}
 
 
+def end_with_question_mark(question: str) -> str:
+    return question if question.endswith("?") else question + "?"
+
+
 @dataclass(frozen=True)
 class Protocol:
     tags: Tags
+    ask: Callable[[str], str]  # from a question to its text in the prompt
     prompt_role: str  # of the text of a prompt file, where the tokenizer has a chat template
     limits: dict[str, int]  # options of evaluate.py run, where they are not given
     metrics_of: Callable[[dict], dict[str, float]]  # of a record of transcripts.jsonl
@@ -59,6 +65,7 @@ class Protocol:
 PROTOCOLS = {
     "r1-searcher": Protocol(
         tags=TAGS,
+        ask=str,
         prompt_role="text",
         limits={
             "max_searches": 8,  # paper
@@ -75,9 +82,10 @@ PROTOCOLS = {
             documents=Tag("<information>", "</information>"),
             passage='Doc {number}(Title: "{title}") {text}',
             no_passages="",
-            inside="",
-            behind="\n\n",
+            around_passages="",
+            after_closing="\n\n",
         ),
+        ask=end_with_question_mark,
         prompt_role="user",
         limits={
             "max_searches": 4,  # paper
@@ -101,8 +109,8 @@ class Evaluation(Inference):
 
     questions: list[str]  # question files (JSONL)
     out: Path  # folder for transcripts.jsonl and metrics.json
-    # r1-searcher: the tags, limits and metrics of training; search-r1: those of that paper. It
-    # decides the limits that are not given; which prompt is the model's own, --prompt_file says.
+    # r1-searcher: the tags, limits and metrics of training; search-r1: those of that paper, with
+    # the prompt of its model as --prompt_file. Limits that are given win.
     protocol: Literal[tuple(PROTOCOLS)] = "r1-searcher"
     # search: the loop of training, in which the model asks;
     # single: one search, for the question itself, then the answer;
@@ -110,6 +118,7 @@ class Evaluation(Inference):
     mode: Literal["search", "single", "closed_book"] = "search"
     retriever: str | None = None  # as in training; a closed book has none
     limit: int = 0  # answer only the first so many questions of each file; 0 is all
+    answerability: bool = True  # measure what the corpus can answer; off: all of KILT takes long
     max_searches: int | None = None  # queries per episode (8; search-r1: 4)
     documents_per_search: int | None = None  # passages per query (5, in training 3; search-r1: 3)
     max_turn_tokens: int | None = None  # tokens sampled between two stops (512; search-r1: 500)

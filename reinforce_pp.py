@@ -243,8 +243,11 @@ class TokenLogProbs(torch.autograd.Function):
         return grad_hidden, grad_head, None, None, None
 
 
+HEAD_CHUNK = 1024  # states whose logits are in memory at a time
+
+
 def token_log_probs(
-    hidden: Tensor, head: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = 1024
+    hidden: Tensor, head: Tensor, targets: Tensor, temperature: float = 1.0, chunk: int = HEAD_CHUNK
 ) -> Tensor:
     """log softmax(hidden @ head.T / temperature) at `targets`, without ever holding (N, V) logits.
 

@@ -136,9 +136,14 @@ def verify_folder(folder: Path) -> dict:
 
 
 def link(path: Path, target: str) -> None:
-    """Make a link, in place of the one that is there."""
+    """Make a link, in place of one that is there; a file that is there stays."""
+    resolved = Path(target).resolve()
+    if path.resolve() == resolved and path.exists():
+        return
+    if path.exists() and not path.is_symlink():
+        raise ValueError(f"{path}: a file is where the link to {resolved} belongs; move it away")
     path.unlink(missing_ok=True)
-    path.symlink_to(Path(target).resolve())
+    path.symlink_to(resolved)
 
 
 def build_bm25(corpus: str, out: Path) -> None:
@@ -282,11 +287,14 @@ def retriever_fingerprint(source: str) -> str | None:
 
 
 def passage_file(source: str) -> Path | None:
-    """The passages behind `source`, if they are on this disk: None for a search server."""
+    """The passages that `source` searches, if they are on this disk and unchanged."""
     path = Path(source)
-    if path.is_dir():
-        path = path / "passages.jsonl"
-    return path if path.is_file() else None
+    if path.is_file():
+        return path
+    corpus = path / "passages.jsonl"
+    if (path / "index.json").is_file() and is_unchanged("corpus", corpus, read_header(path)):
+        return corpus
+    return None
 
 
 # --------------------------------------------------------------------------------------------------

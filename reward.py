@@ -28,7 +28,7 @@ class Tag(NamedTuple):
 class Tags(NamedTuple):
     """The markers of the search protocol, and how search results are written between them.
 
-    To change the protocol, change the defaults here.
+    To train with other markers, change the defaults here; protocol.py has those of another paper.
     """
 
     think: Tag = Tag("<think>", "</think>")
@@ -37,8 +37,8 @@ class Tags(NamedTuple):
     documents: Tag = Tag("<|begin_of_documents|>", "<|end_of_documents|>")
     passage: str = "({number}){title}   {text}"  # one search result, one line
     no_passages: str = "(no results)"
-    inside: str = "\n"  # between a documents tag and the search results
-    behind: str = ""  # the closing documents tag
+    around_passages: str = "\n"  # between the documents tags and the search results
+    after_closing: str = ""  # after the closing documents tag
 
 
 TAGS = Tags()

@@ -334,9 +334,11 @@ class Rollout:
         blanks = last_token[len(last_token.rstrip()) :]
         missing_new_lines = 2 - blanks.count("\n")
         lines = [tags.passage.format(number=n, **p) for n, p in enumerate(passages, 1)]
-        text = "\n" * missing_new_lines + tags.documents.opening + tags.inside
+        text = "\n" * missing_new_lines + tags.documents.opening + tags.around_passages
         text += "\n".join(lines) or tags.no_passages
-        closing_ids = self._encode(tags.inside + tags.documents.closing + tags.behind)
+        closing_ids = self._encode(
+            tags.around_passages + tags.documents.closing + tags.after_closing
+        )
         room = max(0, self.limits.max_context - len(episode.token_ids))
         budget = max(0, min(self.limits.max_document_tokens, room) - len(closing_ids))
         ids = self._encode(text[: self._max_document_characters])[:budget] + closing_ids

@@ -20,7 +20,8 @@ from rollout import Episode, derive_seed
 
 MAX_SEARCH_FAILURES = 0.2  # share of a step's queries that may fail; with more the run stops
 MIN_SEARCHES = 20  # queries of which the share is taken: those of earlier steps count if need be
-# `sampler_gap` at which the run stops: in bf16 it is about 0.01, with wrong weights several nats.
+# Mean abs(log pi - log pi_sampler) of an episode at which the run stops: in bf16 it is about 0.01,
+# with wrong weights several nats.
 MAX_SAMPLER_GAP = 1.0
 
 
@@ -93,7 +94,7 @@ class Sampler:
 
         vLLM only logs a reload of weights that failed, and after sleep it has no others.
         """
-        if sampler_gap > MAX_SAMPLER_GAP:
+        if not sampler_gap <= MAX_SAMPLER_GAP:  # also where it is not a number
             gap = f"the log-probabilities of engine and trainer differ by {sampler_gap:.2f} a token"
             raise RuntimeError(f"{gap}: the engine lacks the trainer's weights (docs/gpus.md)")
 

@@ -242,7 +242,7 @@ class Trainer:
         return all_clipped
 
     def update(self, batch: Batch, progress: Progress) -> dict[str, float]:
-        """`updates_per_rollout` optimiser steps on one batch; metrics, identical on every rank.
+        """`updates_per_rollout` optimiser steps on one batch; metrics, memory that of this rank.
 
         A gradient that is not finite skips its update on all ranks and is counted. After
         MAX_CONSECUTIVE_SKIPPED in a row no further update is tried.
@@ -304,10 +304,11 @@ class Trainer:
         return norm
 
     def sampler_gap(self, batch: Batch) -> float:
-        """Mean abs(log pi - log pi_sampler) of some episodes, for steps that train on none."""
-        chosen = batch.with_loss()[: self.config.samples_per_prompt]
+        """Mean abs(log pi - log pi_sampler) of an episode, the largest of one of each rank."""
+        chosen = list(range(len(batch.episodes)))[:: self.config.samples_per_prompt][: self.world]
         log_ratio = self.log_probs(self.policy, batch, chosen) - batch.sampler_log_probs
-        return log_ratio[chosen][batch.loss_mask[chosen]].abs().mean().item()
+        tokens = batch.action_mask[chosen].sum(1).clamp(min=1)
+        return (log_ratio[chosen].abs().sum(1) / tokens).max().item()
 
     def log_prob_right(self, probe: list[dict]) -> dict[str, float]:
         """Mean log-probability a token of the probe under the policy, once the probe is whole."""
@@ -406,9 +407,9 @@ def iterate(sampler: Sampler, trainer: Trainer, run: RunFolder, progress: Progre
     # Advantages from rewards (Eqs. 1 to 5), then optimiser steps (Eqs. 6 to 8).
     with timed(metrics, "train"):
         batch = make_batch(episodes, config.samples_per_prompt, trainer.device)
+        sampler.stop_if_engine_differs(trainer.sampler_gap(batch))
         metrics |= trainer.compute_advantages(batch)
         metrics |= trainer.update(batch, progress)
-    sampler.stop_if_engine_differs(metrics.get("sampler_gap") or trainer.sampler_gap(batch))
 
     # Evaluate the policy that the updates have made.
     probe = signals.extend_probe(progress.probe, episodes)
@@ -427,8 +428,8 @@ def iterate(sampler: Sampler, trainer: Trainer, run: RunFolder, progress: Progre
 
     # Checkpoint, unless the run has to stop.
     if progress.consecutive_skipped == MAX_CONSECUTIVE_SKIPPED:
-        reason = "updates in a row had no finite gradient; lower --learning_rate"
-        raise RuntimeError(f"step {step}: {MAX_CONSECUTIVE_SKIPPED} {reason}")
+        reason = f"{MAX_CONSECUTIVE_SKIPPED} updates in a row had no finite gradient"
+        raise RuntimeError(f"step {step}: {reason}; lower --learning_rate")
     is_due = config.save_every and step % config.save_every == 0
     if step == config.steps or is_due or is_evaluated:
         save_checkpoint(run.path / "checkpoints", trainer.policy, trainer.optimizer, progress)

@@ -75,8 +75,16 @@ def test_it_is_computed_once_and_kept_beside_the_passages(tmp_path, corpus, kind
     monkeypatch.setattr(answerability, "in_any_passage", None)
     monkeypatch.setattr(answerability, "open_retriever", None)
     assert measure_answerability(str(source), QUESTIONS) == rows
-    with pytest.raises(TypeError):  # other questions are measured anew
-        measure_answerability(str(source), QUESTIONS[1:])
+    assert measure_answerability(str(source), QUESTIONS[2:]) == rows[2:]
+    with pytest.raises(TypeError):  # another question is measured
+        measure_answerability(str(source), [*QUESTIONS, QUESTIONS[0] | {"answers": ["x"]}])
+
+
+def test_passages_that_are_not_those_of_the_index_are_not_read(tmp_path, corpus):
+    build_bm25(str(corpus), tmp_path / "index")
+    write(corpus, [*PASSAGES, {"id": "3", "title": "x", "text": "York lane"}])
+    rows = measure_answerability(str(tmp_path / "index"), QUESTIONS)
+    assert all(row.keys() == {"answerable_100"} for row in rows)
 
 
 def test_a_folder_that_nothing_can_be_written_to(corpus, monkeypatch):

@@ -123,7 +123,7 @@ def another_run(folder):
         (no_question_in_the_prompt, "prompt", "{question} exactly once"),
         (long_prompt, "prompt", "of --max_context 768 tokens are left"),
         (torn_questions, "training questions", "q.jsonl:6"),
-        (index_of_another_corpus, "search", "--retriever other is of another corpus"),
+        (index_of_another_corpus, "search", "is --retriever other of another corpus?"),
         (changed_index, "search", "build it again"),
         (no_server, "search", "127.0.0.1:9"),
         (little_memory, "memory", "lower --micro_batch_tokens"),
@@ -166,7 +166,7 @@ def test_a_gpu_that_is_too_small(flags, capsys):
     """Also on a machine without one."""
     on_gpus = [*flags, "--preset", "qwen", "--gpus", "2"]
     assert "memory" not in verdicts([*on_gpus, "--max_context", "768"], capsys)
-    failed = verdicts([*on_gpus, "--max_context", "768", "--gpu_memory_gb", "0.1"], capsys)
+    failed = verdicts([*on_gpus, "--max_context", "768", "--gpu_memory_gb", "5.1"], capsys)
     assert "lower --micro_batch_tokens or --gpu_memory_utilization" in failed["memory"]
 
 
@@ -204,6 +204,7 @@ def test_memory_is_estimated_as_simulated():
         config = replace(
             preset,
             micro_batch_tokens=row["context"],
+            max_context=row["context"],
             gradient_checkpointing=row["case"] == "as preset",
         )
         estimate = sum(check.training_bytes(lm, config, row["ranks"])) / 1e9

@@ -149,7 +149,7 @@ def test_search_r1_in_an_evaluation(arguments, tmp_path, model_folder):
     limits = {name: protocol[name] for name in rules.PROTOCOLS["search-r1"].limits}
     given = {"max_turn_tokens": 64, "max_context": 400}
     assert limits == rules.PROTOCOLS["search-r1"].limits | given
-    assert rows[0]["segments"][0][1].startswith("<|im_start|>user\nQuestion: who is 0?")
+    assert rows[0]["segments"][0][1].startswith("<|im_start|>user\nQuestion: who is 0?\n")
     assert rows[0]["segments"][0][1].endswith("<|im_end|>\n<|im_start|>assistant\n")
     results = read_metrics(tmp_path / "out")["results"]["all"]
     right = [rules.squad_exact_match(row["answer"], "b") for row in rows]

@@ -93,9 +93,9 @@ def size_of(path: Path) -> Size:
 
 
 GROUPS = {  # files, most lines, most tokens
-    "the algorithm": ([f"{name}.py" for name in ALGORITHM], 1_690, 10_100),
-    "all flat modules": ([f"{name}.py" for name in MODULES], 5_660, 31_900),
-    "tools": ([f"tools/{name}.py" for name in TOOLS], 1_490, None),
+    "the algorithm": ([f"{name}.py" for name in ALGORITHM], 1_700, 10_100),
+    "all flat modules": ([f"{name}.py" for name in MODULES], 5_700, 32_200),
+    "tools": ([f"tools/{name}.py" for name in TOOLS], 1_500, None),
     "benchmarks": (
         sorted(f"benchmarks/{p.name}" for p in ROOT.glob("benchmarks/*.py")),
         1_500,

@@ -55,6 +55,7 @@ def test_search_r1_without_results(play):
         ("The U.S.A.", "usa", 1, 0),
         ("a  Red Harbor!", "red harbor", 1, 1),
         ("", "!!!", 0, 0),
+        ("A", "A", 1, 1),  # of which only articles are left, and then nothing
         ("b", "c", 0, 0),
     ],
 )

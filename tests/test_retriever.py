@@ -95,6 +95,23 @@ def test_a_call_that_failed_leaves_the_folder_free(corpus, tmp_path):
     assert finds_salem(tmp_path / "index")
 
 
+def test_a_corpus_within_its_index_folder_survives(corpus, tmp_path):
+    """The folder links to the corpus, and must never replace it by a link."""
+    out = tmp_path / "index"
+    build_bm25(str(corpus), out)
+    build_bm25(str(out / "passages.jsonl"), out)  # the link itself
+    assert (out / "passages.jsonl").resolve() == Path(corpus).resolve()
+    content = Path(corpus).read_bytes()
+    (out / "passages.jsonl").unlink()
+    Path(corpus).rename(out / "passages.jsonl")
+    build_bm25(str(out / "passages.jsonl"), out)
+    assert not (out / "passages.jsonl").is_symlink()
+    Path(corpus).write_bytes(content)
+    with pytest.raises(ValueError, match="a file is where the link"):
+        build_bm25(str(corpus), out)
+    assert (out / "passages.jsonl").read_bytes() == content
+
+
 def test_a_folder_that_holds_something_else_is_not_written_to(corpus, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").write_text("x")

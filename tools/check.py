@@ -2,8 +2,9 @@
 
     python tools/check.py --stage 1 --retriever data/bm25    # the options of train.py, and --gpus
 
-It loads no weights and no engine, and runs on a machine without a GPU too. Memory is estimated, not
-measured: see docs/gpus.md. Exit status 2 if anything will fail.
+It loads neither model nor engine, and runs on a machine without a GPU too. It asks the retriever
+128 queries, which a web search engine may charge for. Memory is estimated, not measured: see
+docs/gpus.md. Exit status 2 if anything will fail.
 """
 
 import os
@@ -21,16 +22,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from answerability import FIRST, are_answered
 from checkpoint import KEEP_CHECKPOINTS
-from config import Arguments, Config, parse_arguments
+from config import STAGE_2, Arguments, Config, parse_arguments
 from policy import meta_model, refuse_unsupported
 from records import read_questions, user_errors
+from reinforce_pp import HEAD_CHUNK
 from retriever import open_retriever
 from reward import load_prompt
 from rollout import prompt_encoder
 
 GB = 1e9
 ASKED = 64  # training questions that are searched for
-HEAD_CHUNK = 1024  # states whose logits are in memory at a time (`token_log_probs`)
 SHOWN = 200  # characters of the prompt's end
 
 
@@ -39,11 +40,13 @@ class Check(Arguments):
     """The command line of train.py, and the node."""
 
     gpus: int = torch.cuda.device_count() or 8  # GPUs of all nodes together
-    gpu_memory_gb: float = 80.0  # of one GPU, where this machine has none
+    gpu_memory_gb: float | None = None  # of one GPU (default: this machine's, else 80)
 
 
 # --------------------------------------------------------------------------------------------------
-# Memory: formulas fitted to the simulation of benchmarks/memory_7b.py, which they meet within 5 %
+# Memory. The formulas are fitted to the peaks of an update that benchmarks/memory_7b.py simulates.
+
+RESERVED = 5e9  # bytes of a GPU for CUDA's context, NCCL and what a sleeping engine keeps
 
 
 def training_bytes(lm, config: Config, ranks: int) -> tuple[float, float]:
@@ -60,18 +63,20 @@ def training_bytes(lm, config: Config, ranks: int) -> tuple[float, float]:
     own = 2 * vocabularies * 2 * shape.vocab_size * shape.hidden_size
     own += 1.5 * 4 * HEAD_CHUNK * shape.vocab_size
     # bf16 tensors of a token within one layer, some of the hidden size, some of the MLP's.
+    mlp_size = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
     if config.gradient_checkpointing:
         widths = shape.num_hidden_layers * shape.hidden_size  # what each layer starts from
-        widths += 5 * shape.intermediate_size + 14 * shape.hidden_size
+        widths += 5 * mlp_size + 14 * shape.hidden_size
     else:
-        widths = 4 * shape.intermediate_size + 11 * shape.hidden_size
-        widths *= shape.num_hidden_layers
-    return shared, own + 2 * widths * config.micro_batch_tokens
+        widths = shape.num_hidden_layers * (4 * mlp_size + 11 * shape.hidden_size)
+    # A single sequence may exceed --micro_batch_tokens.
+    tokens = max(config.micro_batch_tokens, config.max_context)
+    return shared, own + 2 * widths * tokens
 
 
 def cache_bytes(shape, tokens: int) -> float:
     """Keys and values of so many tokens in bf16."""
-    heads = shape.num_key_value_heads
+    heads = getattr(shape, "num_key_value_heads", None) or shape.num_attention_heads
     head_size = getattr(shape, "head_dim", None) or shape.hidden_size // shape.num_attention_heads
     return 2 * 2 * shape.num_hidden_layers * heads * head_size * tokens
 
@@ -96,6 +101,8 @@ class Checks:
         except (OSError, ValueError) as error:
             reason = str(error).splitlines()[0]
             remedy = "give a model folder, or fetch it: hf download OWNER/NAME"
+            if self.config.model == STAGE_2["model"]:
+                remedy = "train stage 1 first, or give --model"
             raise ValueError(f"--model {self.config.model}: {reason}; {remedy}") from None
         self.model_is_missing = False
         return lm
@@ -157,8 +164,8 @@ class Checks:
         answerable = sum(are_answered(first, asked)) / len(asked)
         if answerable == 0:
             raise ValueError(
-                f"no answer to {len(asked)} questions in the first {FIRST} passages of each: "
-                f"--retriever {config.retriever} is of another corpus than {config.questions}"
+                f"no answer to {len(asked)} questions in the first {FIRST} passages of each, so "
+                f"that nothing can be learned: is --retriever {config.retriever} of another corpus?"
             )
         return (
             f"{milliseconds:.0f} ms a query; the answer to a question stands in its first "
@@ -178,15 +185,21 @@ class Checks:
 
     def gpu_memory(self) -> str:
         config, ranks = self.config, self.check.gpus
-        memory = self.check.gpu_memory_gb * GB
-        if torch.cuda.is_available():
+        memory = 85 * GB  # of a card of "80 GB"
+        if self.check.gpu_memory_gb is not None:
+            memory = self.check.gpu_memory_gb * GB
+        elif torch.cuda.is_available():
             memory = torch.cuda.get_device_properties(0).total_memory
+        memory -= RESERVED
         shared, own = training_bytes(self.lm, config, ranks)
         gradients = 4 * self.parameters / ranks  # they are freed before a rollout
+        host = ""
         if config.cpu_offload:
+            host = f"; {shared * ranks / GB:.0f} GB of host memory on all nodes together"
             shared = gradients = 0.0
         awake = config.gpu_memory_utilization * memory
-        training, rolling_out = shared + own, shared - gradients + awake
+        largest = 2 * self.lm.config.vocab_size * self.lm.config.hidden_size  # on its way to it
+        training, rolling_out = shared + own, shared - gradients + awake + largest
         peaks = (
             f"about {training / GB:.0f} GB in an update and {rolling_out / GB:.0f} GB in a "
             f"rollout, of {memory / GB:.0f} on each of {ranks} GPUs"
@@ -203,7 +216,7 @@ class Checks:
                 f"the engine's weights and one episode take {(weights + cache) / GB:.0f} GB of its "
                 f"{awake / GB:.0f}; raise --gpu_memory_utilization or lower --max_context"
             )
-        return f"{peaks}; cache for {(awake - weights) / cache:.0f} episodes of --max_context"
+        return f"{peaks}; cache for {(awake - weights) / cache:.0f} episodes of --max_context{host}"
 
     def host_memory(self) -> str:
         shared, own = training_bytes(self.lm, self.config, 1)
@@ -223,6 +236,7 @@ class Checks:
         out = self.check.out_folder
         there = next(path for path in [out, *out.absolute().parents] if path.exists())
         free = shutil.disk_usage(there).free
+        free += sum(file.stat().st_size for file in out.glob("checkpoints/*/*"))  # a resumed run's
         size = f"{checkpoints} checkpoints and the model: {needed / GB:.1f} GB of {free / GB:.0f}"
         if needed > free:
             raise ValueError(f"{size} free at {there}; give --out another disk")
@@ -230,7 +244,8 @@ class Checks:
 
     def run_folder(self) -> str:
         out = self.check.out_folder
-        if (out / "metrics.jsonl").exists() and not self.check.resume:
+        is_there = any((out / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+        if is_there and not self.check.resume:
             raise ValueError(f"{out} holds a run already; give --resume, or another --out")
         return str(out)
 

@@ -27,7 +27,9 @@ from engine import ENGINES
 from metrics import table
 
 # By name: the mode of evaluate.py, its prompt, and flags of a search server, if one is needed.
+# "search" is the loop itself, with which the others are compared.
 BASELINES = {
+    "search": ("search", "prompt.txt", []),
     "closed_book": ("closed_book", "prompt_closed_book.txt", []),
     "single": ("single", "prompt_single.txt", []),
     "single-oracle": ("single", "prompt_single.txt", ["--control", "oracle"]),
@@ -41,18 +43,20 @@ LIMITS = ("documents_per_search", "max_searches", "max_turn_tokens", "max_contex
 PORT = 8931
 
 
-def run(demo: Path, model: Path, name: str, engine: str) -> Path:
-    """Evaluate one baseline; returns its folder."""
+def run(folder: Path, model: Path, name: str, out: Path, options: dict) -> Path:
+    """Evaluate one baseline on the held-out questions of a folder; returns `out`.
+
+    Args:
+        options: further ones of `evaluate.py run`.
+    """
     mode, prompt, flags = BASELINES[name]
-    passages, questions = demo / "passages.jsonl", demo / "heldout.jsonl"
+    passages, questions = folder / "passages.jsonl", folder / "heldout.jsonl"
     if "oracle" in flags:
         flags = [*flags, "--questions", questions]
     serve = search_server(passages, *flags, port=PORT) if flags else nullcontext((None, passages))
-    out = demo / "baselines" / name
     with serve as (_, retriever):
-        options = {"model": model, "questions": questions, "retriever": retriever, "mode": mode}
-        options |= {"prompt_file": demo / prompt, "out": out, "engine": engine}
-        options |= {limit: PRESETS["demo"][2][limit] for limit in LIMITS}
+        options = options | {"model": model, "questions": questions, "retriever": retriever}
+        options |= {"prompt_file": folder / prompt, "out": out, "mode": mode}
         evaluate.main(["run", *(f"--{option}={value}" for option, value in options.items())])
     return out
 
@@ -66,10 +70,10 @@ def main(
         model: DEMO/stage2/model-best by default
     """
     model = model or demo / "stage2" / "model-best"
-    folders = [
-        *sorted(demo.glob("eval-*")),
-        *(run(demo, model, name, engine) for name in BASELINES),
-    ]
+    options = {"engine": engine} | {limit: PRESETS["demo"][2][limit] for limit in LIMITS}
+    folders = sorted(demo.glob("eval-*"))
+    for name in [name for name in BASELINES if name != "search"]:
+        folders.append(run(demo, model, name, demo / "baselines" / name, options))
     print(table(evaluate.read_results(folders)))
 
 

@@ -89,7 +89,7 @@ def test_the_examples_are_not_of_the_world():
 
 def test_prompts_of_the_baselines_leave_searches_out():
     search, single, closed_book, _ = demo.PROMPTS.values()
-    hops = [hop for name in demo.IN_DEMO for hop in demo.EXAMPLES[name][1]]
+    hops = [hop for _, hops, _ in demo.IN_DEMO for hop in hops]
     assert re.findall(r"<.begin_of_query.> (.*) <.end_of_query.>\n\n<.begin_of_doc", search) == [
         title for title, _, _ in hops
     ]

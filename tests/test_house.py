@@ -98,7 +98,7 @@ GROUPS = {  # files, most lines, most tokens
     "tools": ([f"tools/{name}.py" for name in TOOLS], 1_500, None),
     "benchmarks": (
         sorted(f"benchmarks/{p.name}" for p in ROOT.glob("benchmarks/*.py")),
-        1_500,
+        1_640,
         None,
     ),
 }

@@ -323,8 +323,8 @@ EXAMPLES = {
         "Salem",
     ),
 }
-IN_DEMO = ("who, one hop", "what, one hop", "where, two hops")
-IN_DEMO_2HOP = ("who, one hop", "what, two hops", "where, two hops")
+IN_DEMO = [EXAMPLES[name] for name in ("who, one hop", "what, one hop", "where, two hops")]
+IN_DEMO_2HOP = [EXAMPLES[name] for name in ("who, one hop", "what, two hops", "where, two hops")]
 
 
 def documents(hops: list[tuple[str, str, str]]) -> str:
@@ -340,10 +340,14 @@ def search(hop: tuple[str, str, str]) -> str:
     return f"I need to find {title}.\n{query}{documents([hop])}\n{fact}"
 
 
-def make_prompt(mode: str, examples: tuple[str, ...] = IN_DEMO) -> str:
-    """The examples as a mode of evaluate.py shows them, and a question to answer."""
+def make_prompt(mode: str, examples: list[tuple] = IN_DEMO) -> str:
+    """The examples as a mode of evaluate.py shows them, and a question to answer.
+
+    Args:
+        examples: as in `EXAMPLES`.
+    """
     prompt = ""
-    for question, hops, answer in map(EXAMPLES.get, examples):
+    for question, hops, answer in examples:
         facts = " ".join(fact for _, _, fact in hops)
         thoughts = {
             "search": "\n" + " ".join(search(hop) for hop in hops),

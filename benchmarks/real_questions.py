@@ -1,0 +1,177 @@
+"""Both stages on real questions over real passages, beside what needs no training.
+
+    python benchmarks/real_questions.py --data DIR --model MODEL --out runs/real
+
+DIR holds hotpotqa_500.jsonl and 2wiki_500.jsonl (the authors' data/eval_set) and
+wiki_passages.jsonl, passages of Wikipedia to search. The questions of both files are split by a
+seed: seven tenths to train on, one for validation, two held out. Recipe, steps and checkpoint are
+chosen on validation. The held-out questions are answered at the end: by the model untrained, after
+stage 1 and after stage 2; then, untrained and after stage 2, from memory, after one search for the
+question itself, and in the loop with an oracle. The command goes on where it stopped, and
+OUT/starts.log has every start.
+"""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import benchmarks.baselines as baselines
+from benchmarks.measure import ROOT
+from evaluate import read_results
+from metrics import measure, table
+from records import read_questions, write_jsonl, write_text
+from tools.demo import make_prompt
+
+DATASETS = ("hotpotqa_500", "2wiki_500")
+SHARES = {"train": 0.7, "validation": 0.1, "heldout": 0.2}
+
+# One worked example of two searches; the film and the people are invented.
+EXAMPLE = (
+    "In which country was the director of the film Red Harbor born?",
+    [
+        (
+            "Red Harbor",
+            "Red Harbor is a 1962 drama film directed by Peter Lane.",
+            "It was directed by Peter Lane.",
+        ),
+        (
+            "Peter Lane",
+            "Peter Lane (born 1921 in Cork, Ireland) was a film director.",
+            "Peter Lane was born in Ireland.",
+        ),
+    ],
+    "Ireland",
+)
+INSTRUCTIONS = {
+    "search": "Answer each question with the help of a search engine. Ask for one fact at a time, "
+    "with a few keywords. Then give a short answer.",
+    "single": "Answer each question from what a search engine has found. Give a short answer.",
+    "closed_book": "Answer each question from memory. Give a short answer.",
+}
+LIMITS = {
+    "documents_per_search": 2,
+    "max_searches": 3,
+    "max_turn_tokens": 96,
+    "max_document_tokens": 400,
+    "max_context": 1792,
+}
+RECIPE = {
+    1: {"steps": 12, "learning_rate": 1e-5, "temperature": 0.8},
+    2: {"steps": 40, "learning_rate": 1e-5, "temperature": 0.8},
+}
+
+
+def split(data: Path, out: Path, seed: int) -> None:
+    """Write train.jsonl, validation.jsonl, heldout.jsonl, passages.jsonl and the prompts."""
+    questions = [q for name in DATASETS for q in read_questions(data / f"{name}.jsonl")]
+    questions = [{**q, "id": f"{q['dataset']}-{q['id']}"} for q in questions]
+    random.Random(seed).shuffle(questions)
+    start = 0
+    for name, share in SHARES.items():
+        end = start + round(share * len(questions))
+        write_jsonl(out / f"{name}.jsonl", questions[start:end])
+        start = end
+    for mode, instructions in INSTRUCTIONS.items():
+        name = "prompt.txt" if mode == "search" else f"prompt_{mode}.txt"
+        write_text(out / name, f"{instructions}\n\n{make_prompt(mode, [EXAMPLE])}")
+    shutil.copy(data / "wiki_passages.jsonl", out / "passages.jsonl")
+
+
+def train(out: Path, model: Path, stage: int, options: dict) -> None:
+    """A stage, or what is left of it."""
+    options = options | {
+        "preset": "demo",
+        "stage": stage,
+        "model": model,
+        "questions": out / "train.jsonl",
+        "eval_questions": out / "validation.jsonl",
+        "retriever": out / "passages.jsonl",
+        "prompt_file": out / "prompt.txt",
+        "out": out / f"stage{stage}",
+    }
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command = [*torchrun, "--nproc-per-node", "1", "train.py", "--resume", *flags]
+    subprocess.run(command, check=True, cwd=ROOT)
+
+
+def answer(out: Path, model: Path, name: str, options: dict) -> list[Path]:
+    """The loop and the baselines, of one model; their folders."""
+    folders = []
+    names = ["search"] if name == "stage1" else ["search", "closed_book", "single", "oracle"]
+    for baseline in names:
+        folder = out / f"eval-{name}-{baseline}"
+        folders.append(baselines.run(out, model, baseline, folder, options))
+    return folders
+
+
+def differences(folders: list[Path], trained: Path) -> dict[str, dict]:
+    """EM and F1 of `trained` less those of each other folder, question by question."""
+
+    def scores(folder: Path) -> list[dict]:
+        lines = (folder / "transcripts.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    results = {}
+    for folder in folders:
+        pairs = zip(scores(trained), scores(folder), strict=True)
+        rows = [{name: a[name] - b[name] for name in ("em", "f1")} for a, b in pairs]
+        if folder != trained:
+            results[f"{trained.name} - {folder.name}"] = measure(rows)
+    return results
+
+
+def main(
+    data: Path,
+    model: Path,
+    out: Path = Path("runs/real"),
+    seed: int = 0,
+    steps: tuple[int, int] = (RECIPE[1]["steps"], RECIPE[2]["steps"]),
+    eval_every: int = 4,
+    limit: int = 0,
+    engine: str = "vllm",
+) -> None:
+    """
+    Args:
+        data: folder with the questions and the passages
+        model: Hugging Face folder
+        out: folder to fill
+        seed: of the split and of both stages
+        steps: rollout batches of the stages
+        eval_every: rollout batches between validations
+        limit: answer only the first so many held-out questions
+        engine: inference engine
+    """
+    data, model, out = data.resolve(), model.resolve(), out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "starts.log", "a") as log:
+        log.write(time.strftime("%Y-%m-%d %H:%M:%S\n"))
+    if not (out / "passages.jsonl").exists():  # the last file of the split
+        split(data, out, seed)
+    models = {"untrained": model}
+    for stage in (1, 2):
+        options = RECIPE[stage] | LIMITS | {"steps": steps[stage - 1], "seed": seed}
+        options |= {"eval_every": eval_every, "engine": engine}
+        train(out, model, stage, options)
+        model = out / f"stage{stage}" / "model"
+        models[f"stage{stage}"] = out / f"stage{stage}" / "model-best" if stage == 2 else model
+    folders = []
+    for name, path in models.items():
+        folders += answer(out, path, name, LIMITS | {"limit": limit, "engine": engine})
+    print(table(read_results(folders)))
+    for name, result in differences(folders, out / "eval-stage2-search").items():
+        for metric, (low, high) in result["intervals"].items():
+            interval = f"{100 * low:+.1f} to {100 * high:+.1f}"
+            print(f"{name}: {metric} {100 * result[metric]:+.1f} ({interval})")
+
+
+if __name__ == "__main__":
+    tyro.cli(main, description=__doc__, use_underscores=True)

@@ -242,7 +242,7 @@ class Trainer:
         return all_clipped
 
     def update(self, batch: Batch, progress: Progress) -> dict[str, float]:
-        """`updates_per_rollout` optimiser steps on one batch; metrics, memory that of this rank.
+        """`updates_per_rollout` optimiser steps on one batch; metrics, identical on every rank.
 
         A gradient that is not finite skips its update on all ranks and is counted. After
         MAX_CONSECUTIVE_SKIPPED in a row no further update is tried.
@@ -281,7 +281,6 @@ class Trainer:
             "skipped_updates": skipped,
             "consecutive_skipped": consecutive_skipped,
             "trained_tokens": int(is_trained.sum()),
-            "peak_memory_gib": peak_memory_gib(),
         }
         if updates:
             metrics["grad_norm"] = grad_norms / updates
@@ -400,8 +399,7 @@ def iterate(sampler: Sampler, trainer: Trainer, run: RunFolder, progress: Progre
     # Score what the policy wrote.
     for e in episodes:
         e.rewards = score_episode(e.segments, e.answered, e.question["answers"], config.reward)
-    metrics |= summarize([episode_record(e) for e in episodes])
-    metrics |= signals.of_episodes(episodes)
+    metrics |= summarize([episode_record(e) for e in episodes]) | signals.of_episodes(episodes)
     sampler.stop_if_searches_fail(episodes)
 
     # Advantages from rewards (Eqs. 1 to 5), then optimiser steps (Eqs. 6 to 8).
@@ -410,6 +408,7 @@ def iterate(sampler: Sampler, trainer: Trainer, run: RunFolder, progress: Progre
         sampler.stop_if_engine_differs(trainer.sampler_gap(batch))
         metrics |= trainer.compute_advantages(batch)
         metrics |= trainer.update(batch, progress)
+    metrics["peak_memory_gib"] = peak_memory_gib()
 
     # Evaluate the policy that the updates have made.
     probe = signals.extend_probe(progress.probe, episodes)

@@ -3,12 +3,12 @@
     python benchmarks/real_questions.py --data DIR --model MODEL --out runs/real
 
 DIR holds hotpotqa_500.jsonl and 2wiki_500.jsonl (the authors' data/eval_set) and
-wiki_passages.jsonl, passages of Wikipedia to search. The questions of both files are split by a
-seed: seven tenths to train on, one for validation, two held out. Recipe, steps and checkpoint are
-chosen on validation. The held-out questions are answered at the end: by the model untrained, after
-stage 1 and after stage 2; then, untrained and after stage 2, from memory, after one search for the
-question itself, and in the loop with an oracle. The command goes on where it stopped, and
-OUT/starts.log has every start.
+wiki_passages.jsonl, passages of Wikipedia to search ({"id", "title", "text"}). The questions of
+both files are split by a seed: seven tenths to train on, one for validation, two held out. Recipe,
+steps and checkpoint are chosen on validation. The held-out questions are answered at the end: by
+the model untrained, after stage 1 and after stage 2; then, untrained and after stage 2, from
+memory, after one search for the question itself, and in the loop with an oracle. The command goes
+on where it stopped, and OUT/starts.log has every start.
 """
 
 import json
@@ -151,6 +151,9 @@ def main(
         engine: inference engine
     """
     data, model, out = data.resolve(), model.resolve(), out.resolve()
+    for name in (*DATASETS, "wiki_passages"):
+        if not (data / f"{name}.jsonl").exists():
+            sys.exit(f"real_questions.py: {data / name}.jsonl is not there; see --help")
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "starts.log", "a") as log:
         log.write(time.strftime("%Y-%m-%d %H:%M:%S\n"))
@@ -159,7 +162,8 @@ def main(
     models = {"untrained": model}
     for stage in (1, 2):
         options = RECIPE[stage] | LIMITS | {"steps": steps[stage - 1], "seed": seed}
-        options |= {"eval_every": eval_every, "engine": engine}
+        # A step takes minutes, and a checkpoint seconds.
+        options |= {"eval_every": eval_every, "save_every": 1, "engine": engine}
         train(out, model, stage, options)
         model = out / f"stage{stage}" / "model"
         models[f"stage{stage}"] = out / f"stage{stage}" / "model-best" if stage == 2 else model

@@ -6,15 +6,15 @@
 
 `run` uses the loop, the prompt and the rules of training (the official code has other prompts,
 stops and caps in training than in evaluation), unless `--protocol` names another paper's; `--mode`
-has baselines without the loop. Every
-question of every file is answered and counted once; decoding is greedy by default. `run` and
-`judge` may be killed: the same command goes on.
+has baselines without the loop. Every question of every file is answered and counted once; decoding
+is greedy by default. `run` and `judge` may be killed: the same command goes on.
 """
 
 import asyncio
 import json
 import os
 import sys
+from dataclasses import fields
 from itertools import count
 from pathlib import Path
 from typing import Annotated
@@ -144,8 +144,10 @@ def run(evaluation: Annotated[Evaluation, tyro.conf.arg(name="")]) -> None:
     metrics_file = out / "metrics.json"
     if metrics_file.exists():
         # The software may differ: showing finished numbers claims nothing about today's software.
-        # Evaluations from before there were modes and protocols name none.
-        defaults = {"mode": "search", "protocol": "r1-searcher"}
+        # An evaluation from before there was an option had its default. A refusal names the first
+        # difference: mode and protocol come before the limits that they decide.
+        defaults = {field.name: field.default for field in reversed(fields(evaluation))}
+        defaults = {name: value for name, value in defaults.items() if name in protocol}
         saved = defaults | read_metrics(metrics_file)["protocol"]
         refuse_changed_settings(metrics_file, saved, protocol, "change --out", {"software"})
         print(f"{out}: evaluated already")

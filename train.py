@@ -304,7 +304,8 @@ class Trainer:
 
     def sampler_gap(self, batch: Batch) -> float:
         """Mean abs(log pi - log pi_sampler) of an episode, the largest of one of each rank."""
-        chosen = list(range(len(batch.episodes)))[:: self.config.samples_per_prompt][: self.world]
+        samples = self.config.samples_per_prompt
+        chosen = list(range(0, len(batch.episodes), samples))[: self.world]
         log_ratio = self.log_probs(self.policy, batch, chosen) - batch.sampler_log_probs
         tokens = batch.action_mask[chosen].sum(1).clamp(min=1)
         return (log_ratio[chosen].abs().sum(1) / tokens).max().item()

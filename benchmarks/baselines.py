@@ -27,15 +27,14 @@ from engine import ENGINES
 from metrics import table
 
 # By name: the mode of evaluate.py, its prompt, and flags of a search server, if one is needed.
-# "search" is the loop itself, with which the others are compared.
 BASELINES = {
-    "search": ("search", "prompt.txt", []),
     "closed_book": ("closed_book", "prompt_closed_book.txt", []),
     "single": ("single", "prompt_single.txt", []),
     "single-oracle": ("single", "prompt_single.txt", ["--control", "oracle"]),
     "random": ("search", "prompt.txt", ["--control", "random"]),
     "oracle": ("search", "prompt.txt", ["--control", "oracle"]),
 }
+LOOP = ("search", "prompt.txt", [])  # the loop itself, with which they are compared
 # Of the preset: what a trajectory may use, as in training.
 LIMITS = ("documents_per_search", "max_searches", "max_turn_tokens", "max_context")
 
@@ -43,13 +42,14 @@ LIMITS = ("documents_per_search", "max_searches", "max_turn_tokens", "max_contex
 PORT = 8931
 
 
-def run(folder: Path, model: Path, name: str, out: Path, options: dict) -> Path:
+def run(folder: Path, model: Path, baseline: tuple, out: Path, options: dict) -> Path:
     """Evaluate one baseline on the held-out questions of a folder; returns `out`.
 
     Args:
+        baseline: LOOP, or one of BASELINES.
         options: further ones of `evaluate.py run`.
     """
-    mode, prompt, flags = BASELINES[name]
+    mode, prompt, flags = baseline
     passages, questions = folder / "passages.jsonl", folder / "heldout.jsonl"
     if "oracle" in flags:
         flags = [*flags, "--questions", questions]
@@ -72,8 +72,8 @@ def main(
     model = model or demo / "stage2" / "model-best"
     options = {"engine": engine} | {limit: PRESETS["demo"][2][limit] for limit in LIMITS}
     folders = sorted(demo.glob("eval-*"))
-    for name in [name for name in BASELINES if name != "search"]:
-        folders.append(run(demo, model, name, demo / "baselines" / name, options))
+    for name, baseline in BASELINES.items():
+        folders.append(run(demo, model, baseline, demo / "baselines" / name, options))
     print(table(evaluate.read_results(folders)))
 
 

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from faulty import POINTS
 from tiny import command, make_model, make_world, metrics_of, state_of
 
-from benchmarks.measure import ROOT, show
+from benchmarks.measure import ROOT, show, torchrun_command
 from checkpoint import newest_checkpoint
 from config import Config
 from policy import start_distributed
@@ -58,8 +58,7 @@ def launch(config: Config, ranks: int, out: str, fault: list[str], limit: float 
     """
     script, *flags = command(config, out, "--resume")
     program = [str(ROOT / "tests" / "faulty.py"), *fault] if fault else [script]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    words = [sys.executable, *launcher, *program, *flags]
+    words = torchrun_command(ranks, *program, *flags)
     with open(f"{out}.log", "w") as log:
         process = psutil.Popen(words, stdout=log, stderr=subprocess.STDOUT)
         try:

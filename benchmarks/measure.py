@@ -14,6 +14,12 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def torchrun_command(ranks: int, *words: str | Path) -> list[str]:
+    """A command line that starts a script and its arguments on so many ranks."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    return [sys.executable, *launcher, *map(str, words)]
+
+
 def show(row: dict, as_json: bool) -> None:
     print(json.dumps(row) if as_json else row, flush=True)
 

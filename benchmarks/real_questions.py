@@ -11,7 +11,6 @@ memory, after one search for the question itself, and in the loop with an oracle
 on where it stopped, and OUT/starts.log has every start.
 """
 
-import json
 import random
 import shutil
 import subprocess
@@ -24,8 +23,8 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import benchmarks.baselines as baselines
-from benchmarks.measure import ROOT
-from evaluate import read_results
+from benchmarks.measure import ROOT, torchrun_command
+from evaluate import read_outputs, read_results
 from metrics import measure, table
 from records import read_questions, write_jsonl, write_text
 from tools.demo import make_prompt
@@ -98,34 +97,29 @@ def train(out: Path, model: Path, stage: int, options: dict) -> None:
         "out": out / f"stage{stage}",
     }
     flags = [f"--{name}={value}" for name, value in options.items()]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node", "1", "train.py", "--resume", *flags]
-    subprocess.run(command, check=True, cwd=ROOT)
+    subprocess.run(torchrun_command(1, "train.py", "--resume", *flags), check=True, cwd=ROOT)
 
 
 def answer(out: Path, model: Path, name: str, options: dict) -> list[Path]:
     """The loop and the baselines, of one model; their folders."""
-    folders = []
-    names = ["search"] if name == "stage1" else ["search", "closed_book", "single", "oracle"]
-    for baseline in names:
-        folder = out / f"eval-{name}-{baseline}"
-        folders.append(baselines.run(out, model, baseline, folder, options))
-    return folders
+    ways = {"search": baselines.LOOP}
+    if name != "stage1":
+        ways |= {way: baselines.BASELINES[way] for way in ("closed_book", "single", "oracle")}
+    return [
+        baselines.run(out, model, baseline, out / f"eval-{name}-{way}", options)
+        for way, baseline in ways.items()
+    ]
 
 
 def differences(folders: list[Path], trained: Path) -> dict[str, dict]:
     """EM and F1 of `trained` less those of each other folder, question by question."""
-
-    def scores(folder: Path) -> list[dict]:
-        lines = (folder / "transcripts.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
-
+    outputs = {folder: read_outputs(folder / "transcripts.jsonl") for folder in folders}
+    own = outputs.pop(trained)
     results = {}
-    for folder in folders:
-        pairs = zip(scores(trained), scores(folder), strict=True)
+    for folder, others in outputs.items():
+        pairs = zip(own, others, strict=True)
         rows = [{name: a[name] - b[name] for name in ("em", "f1")} for a, b in pairs]
-        if folder != trained:
-            results[f"{trained.name} - {folder.name}"] = measure(rows)
+        results[f"{trained.name} - {folder.name}"] = measure(rows)
     return results
 
 

@@ -29,7 +29,7 @@ import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.measure import ROOT, peak_mib, show
+from benchmarks.measure import ROOT, peak_mib, show, torchrun_command
 from checkpoint import (
     Progress,
     as_bytes,
@@ -126,9 +126,8 @@ def run_rank(model: str, out: Path, way: str) -> None:
 
 
 def measure(model: Path, out: Path, way: str, ranks: int) -> dict:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node", str(ranks), __file__, "--rank_of", way]
-    command += ["--model", str(model), "--out", str(out)]
+    words = ("--rank_of", way, "--model", model, "--out", out)
+    command = torchrun_command(ranks, __file__, *words)
     result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
     return jsonlib.loads(result.stdout.splitlines()[-1])
 

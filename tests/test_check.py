@@ -1,4 +1,4 @@
-"""tools/check.py: a set-up that fits together, ten that do not, and the estimate of memory."""
+"""tools/check.py: a set-up that fits together, those that do not, and the estimate of memory."""
 
 import json
 import shutil

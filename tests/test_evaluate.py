@@ -172,7 +172,8 @@ def test_search_r1_wants_a_prompt_of_its_own(arguments, capsys):
 def test_an_evaluation_from_before_there_were_protocols_is_shown(arguments, tmp_path, capsys):
     evaluate.main(arguments)
     metrics = read_metrics(tmp_path / "out")
-    del metrics["protocol"]["mode"], metrics["protocol"]["protocol"]
+    for option in ("mode", "protocol", "answerability"):
+        del metrics["protocol"][option]
     (tmp_path / "out" / "metrics.json").write_text(json.dumps(metrics))
     evaluate.main(arguments)
     assert "evaluated already" in capsys.readouterr().out

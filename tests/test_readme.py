@@ -13,6 +13,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import tyro
+from tiny import torchrun
 from torch.distributed.run import get_args_parser
 
 import config
@@ -98,10 +99,10 @@ TINY_RUN += "--steps 1 --prompts_per_step 2 --samples_per_prompt 2".split()
 
 def stand_in(folder: Path) -> None:
     """What git, wget and the hub fetch, in small."""
-    for file, count in ("training_set/stage_1", 8), ("training_set/stage_2", 8):
-        path = folder / f"released/data/{file}.jsonl"
+    for stage in (1, 2):
+        path = folder / f"released/data/training_set/stage_{stage}.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        rows = [{"idx": i, "question": f"who is {i}?", "answer": "b"} for i in range(count)]
+        rows = [{"idx": i, "question": f"who is {i}?", "answer": "b"} for i in range(8)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     articles = [
         {
@@ -130,8 +131,8 @@ def run_line(line: str, model: str) -> None:
         before = model if stage == "1" else "runs/stage1/model"
         train = str(ROOT / words[words.index("train.py")])
         options = ["--stage", stage, *TINY_RUN, *files, "--model", before]
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", train, *options]
-        subprocess.run(command, check=True, capture_output=True)
+        result = torchrun(1, train, *options)
+        assert result.returncode == 0, result.stderr[-3000:]
     else:
         script, *arguments = words
         if script == "tools/check.py":

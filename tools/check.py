@@ -20,7 +20,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from answerability import FIRST, are_answered
+from answerability import FIRST, are_answered, in_first_passages
 from checkpoint import KEEP_CHECKPOINTS
 from config import STAGE_2, Arguments, Config, parse_arguments
 from policy import meta_model, refuse_unsupported
@@ -159,9 +159,8 @@ class Checks:
         begin = time.perf_counter()
         found = [retriever.search([q["question"]], config.documents_per_search)[0] for q in asked]
         milliseconds = 1e3 * (time.perf_counter() - begin) / len(asked)
-        first = retriever.search([q["question"] for q in asked], FIRST)
         recall = sum(are_answered(found, asked)) / len(asked)
-        answerable = sum(are_answered(first, asked)) / len(asked)
+        answerable = sum(in_first_passages(retriever.search, asked)) / len(asked)
         if answerable == 0:
             raise ValueError(
                 f"no answer to {len(asked)} questions in the first {FIRST} passages of each, so "

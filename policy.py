@@ -104,6 +104,19 @@ class Policy(nn.Module):
         head = self.lm.get_output_embeddings().weight  # (V, H)
         return token_log_probs(hidden[source], head, targets, temperature)
 
+    def begin_micro_batch(self, is_last: bool) -> None:
+        """On one CPU rank, keep bf16 weights and fp32 gradients whole until the last micro-batch.
+
+        FSDP would copy both each time, to the same bits. Where ranks share a model, none holds all.
+        """
+        from torch.distributed.fsdp import FSDPModule
+
+        alone = dist.get_world_size() == 1 and not torch.cuda.is_available()
+        if alone and isinstance(self, FSDPModule):
+            self.set_requires_gradient_sync(is_last)
+            self.set_reshard_after_forward(is_last)
+            self.set_reshard_after_backward(is_last)
+
 
 def meta_model(model: str, dtype: torch.dtype = torch.float32) -> nn.Module:
     """The model of a Hugging Face folder or hub name, without storage; only config.json is read."""

@@ -218,19 +218,19 @@ class Trainer:
         # On all ranks, and with the tokens of episodes that add nothing to the gradient.
         action_tokens = batch.loss_mask[chosen].sum().clamp(min=1)
         plan = self.plan(batch, [i for i in chosen if batch.has_gradient[i]])
-        for rows in tqdm(plan, "train", unit="micro-batch", leave=False, disable=self.rank > 0):
+        progress_bar = tqdm(plan, "train", unit="micro-batch", leave=False, disable=self.rank > 0)
+        for number, rows in enumerate(progress_bar, start=1):
+            self.policy.begin_micro_batch(is_last=number == len(plan))
             log_probs, index = self.forward(self.policy, batch, rows)
             if batch.on_policy:
                 batch.old_log_probs[index] = log_probs.detach()
-            old = batch.old_log_probs[index]
-            sampler_log_probs = batch.sampler_log_probs[index]
             loss, clipped = policy_loss(
                 log_probs,
-                old,
+                batch.old_log_probs[index],
                 batch.advantages[index],
                 config.clip_eps,
                 config.clip_eps_high or config.clip_eps,
-                sampler_log_probs if config.sampler_clip else None,
+                batch.sampler_log_probs[index] if config.sampler_clip else None,
                 config.sampler_clip,
             )
             if batch.kl is not None and config.kl_mode != "reward":

@@ -3,12 +3,13 @@
     python benchmarks/train_step.py --model demo/stage1/model \
         --episodes demo/stage1/trajectories.jsonl --json
 
-The episodes are those that a run of train.py has recorded, all of them in one step. Three ways take
+The episodes are those that a run of train.py has recorded, all of them in one step. Four ways take
 turns; their tokens are those of the episodes, each with its prompt:
 
     step       train.py's: advantages, micro-batches, clipping, AdamW; the sequences of a row share
                their common prefix
     unshared   the same, but every episode computes its whole sequence
+    copying    as `step`, but FSDP copies weights and gradients for every micro-batch
     bare       what `unshared` cannot beat: the model in bf16, forward and backward, as many tokens
                in rows of one length, the head over as many positions; no padding, optimiser or FSDP
 """
@@ -29,7 +30,7 @@ from benchmarks.measure import compare, show, take_turns
 from checkpoint import Progress
 from config import PRESETS, Config
 from packing import pack, plan_micro_batches
-from policy import load_policy, peak_memory_gib, start_distributed
+from policy import Policy, load_policy, peak_memory_gib, start_distributed
 from reinforce_pp import token_log_probs
 from rollout import Episode
 from train import Trainer, make_batch
@@ -50,7 +51,7 @@ def read_episodes(path: str) -> list[Episode]:
 class Workload:
     """The episodes with train.py's trainer, and the bare model beside it.
 
-    `step`, `unshared`, `bare` and `head` are ways: they return the number of tokens.
+    `step`, `unshared`, `copying`, `bare` and `head` are ways: they return the number of tokens.
     """
 
     def __init__(self, model: str, episodes: list[Episode], micro_batch_tokens: int):
@@ -75,6 +76,10 @@ class Workload:
 
     def unshared(self) -> int:
         with patch.object(packing, "MAX_SHARED_ROW", 0):
+            return self.step()
+
+    def copying(self) -> int:
+        with patch.object(Policy, "begin_micro_batch"):
             return self.step()
 
     def bare(self) -> int:
@@ -132,9 +137,10 @@ def main(
     micro_batch_tokens: int = 2048, repeats: int = 5, json: bool = False,
 ) -> None:  # fmt: skip
     workload = Workload(model, read_episodes(episodes), micro_batch_tokens)
-    ways = {"step": workload.step, "unshared": workload.unshared, "bare": workload.bare}
+    ways = {name: getattr(workload, name) for name in ("step", "unshared", "copying", "bare")}
     take_turns(ways, 1)  # warm up
-    ratios = compare(take_turns(ways, repeats), "step / bare", "unshared / bare")
+    times = take_turns(ways, repeats)
+    ratios = compare(times, "step / bare", "unshared / bare", "step / copying")
     show(workload.facts(), json)
     show({"name": "ratios"} | ratios, json)
 

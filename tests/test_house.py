@@ -94,11 +94,11 @@ def size_of(path: Path) -> Size:
 
 GROUPS = {  # files, most lines, most tokens
     "the algorithm": ([f"{name}.py" for name in ALGORITHM], 1_700, 10_100),
-    "all flat modules": ([f"{name}.py" for name in MODULES], 5_700, 32_200),
-    "tools": ([f"tools/{name}.py" for name in TOOLS], 1_505, None),
+    "all flat modules": ([f"{name}.py" for name in MODULES], 5_710, 32_280),
+    "tools": ([f"tools/{name}.py" for name in TOOLS], 1_510, None),
     "benchmarks": (
         sorted(f"benchmarks/{p.name}" for p in ROOT.glob("benchmarks/*.py")),
-        1_640,
+        1_645,
         None,
     ),
 }

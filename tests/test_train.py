@@ -277,6 +277,22 @@ def update(config, episodes, learning_rate=1.0):
     return trainer.update(batch, Progress()), trainer, before
 
 
+def test_keeping_weights_and_gradients_whole_on_one_cpu_rank_changes_no_bit(world, monkeypatch):
+    """Two updates of several micro-batches, the second from the weights that the first has made."""
+    config = dataclasses.replace(
+        world, samples_per_prompt=3, updates_per_rollout=2, micro_batch_tokens=110
+    )
+    after = []
+    for keeps_whole in (True, False):
+        if not keeps_whole:
+            monkeypatch.setattr(policy.Policy, "begin_micro_batch", lambda self, is_last: None)
+        metrics, trainer, before = update(config, make_episodes(6, 3), learning_rate=1e-2)
+        assert metrics["updates"] == 2
+        after.append([p.full_tensor() for p in trainer.policy.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*after, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(before, after[0], strict=True))
+
+
 def test_a_gradient_that_is_not_finite_skips_the_update(world):
     episodes = make_episodes(2, 3)
     episodes[0].rewards = {"reward": math.nan}

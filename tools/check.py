@@ -219,7 +219,9 @@ class Checks:
 
     def host_memory(self) -> str:
         shared, own = training_bytes(self.lm, self.config, 1)
-        needed = shared + own + 2 * self.parameters + 2**30  # the engine: weights, and its cache
+        whole = 2 * self.parameters  # the layers in bf16, kept from one micro-batch to the next
+        engine = 2 * self.parameters + 2**30  # weights, and cache
+        needed = shared + own + whole + engine
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         share = f"about {needed / GB:.1f} GB of this machine's {memory / GB:.0f}"
         if needed > memory:

@@ -66,6 +66,8 @@ LIMITS = {
     "max_document_tokens": 400,
     "max_context": 1792,
 }
+# The only search of `single` brings what two searches of the loop bring.
+SINGLE_LIMITS = {"documents_per_search": 4, "max_document_tokens": 800}
 # Every question has two hops. A stage 1 that pays for one search leaves no sample with two; and
 # Reinforce++ without a baseline needs more questions a step than this machine can answer.
 COMMON = {"algorithm": "grpo", "learning_rate": 1e-5, "temperature": 0.8}
@@ -132,22 +134,28 @@ def answer(out: Path, model: Path, name: str, options: dict) -> list[Path]:
     ways = {"search": baselines.LOOP}
     if name != "stage1":
         ways |= {way: baselines.BASELINES[way] for way in ("closed_book", "single", "oracle")}
-    return [
-        baselines.run(out, model, baseline, out / f"eval-{name}-{way}", options)
-        for way, baseline in ways.items()
-    ]
+    folders = []
+    for way, baseline in ways.items():
+        limits = SINGLE_LIMITS if way == "single" else {}
+        folder = out / f"eval-{name}-{way}"
+        folders.append(baselines.run(out, model, baseline, folder, options | limits))
+    return folders
 
 
-def differences(folders: list[Path], trained: Path) -> dict[str, dict]:
-    """EM and F1 of `trained` less those of each other folder, question by question."""
-    outputs = {folder: read_outputs(folder / "transcripts.jsonl") for folder in folders}
+def report(out: Path, folders: list[Path]) -> None:
+    """Write curves and page; print the table, and EM and F1 of stage 2 less those of each other."""
+    runs = [out / f"stage{stage}" for stage in (1, 2)]
+    plot(runs, folders, out / "curves.png")
+    page([*runs, *folders], out / "report.html")
+    outputs = {folder.name: read_outputs(folder / "transcripts.jsonl") for folder in folders}
+    trained = "eval-stage2-search"
     own = outputs.pop(trained)
-    results = {}
-    for folder, others in outputs.items():
+    for name, others in outputs.items():
         pairs = zip(own, others, strict=True)
-        rows = [{name: a[name] - b[name] for name in ("em", "f1")} for a, b in pairs]
-        results[f"{trained.name} - {folder.name}"] = measure(rows)
-    return results
+        result = measure([{m: a[m] - b[m] for m in ("em", "f1")} for a, b in pairs])
+        for metric, (low, high) in result["intervals"].items():
+            interval = f"{100 * low:+.1f} to {100 * high:+.1f}"
+            print(f"{trained} - {name}: {metric} {100 * result[metric]:+.1f} ({interval})")
 
 
 def main(
@@ -195,13 +203,7 @@ def main(
     folders = []
     for name, path in models.items():
         folders += answer(out, path, name, LIMITS | {"limit": limit, "engine": engine})
-    runs = [out / f"stage{stage}" for stage in (1, 2)]
-    plot(runs, folders, out / "curves.png")
-    page([*runs, *folders], out / "report.html")
-    for name, result in differences(folders, out / "eval-stage2-search").items():
-        for metric, (low, high) in result["intervals"].items():
-            interval = f"{100 * low:+.1f} to {100 * high:+.1f}"
-            print(f"{name}: {metric} {100 * result[metric]:+.1f} ({interval})")
+    report(out, folders)
 
 
 if __name__ == "__main__":

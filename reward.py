@@ -283,6 +283,11 @@ def stage2(o: Outcome) -> float:
     return o.score("f1") - 2.0 * (not o.well_formed)
 
 
+def stage2_no_penalty(o: Outcome) -> float:
+    """Stage 2 without the penalty for a broken format."""
+    return o.score("f1")
+
+
 def stage2_em(o: Outcome) -> float:
     """The paper's ablation of stage 2 with exact match."""
     return o.score("em") - 2.0 * (not o.well_formed)
@@ -305,6 +310,7 @@ REWARDS: dict[str, Callable[[Outcome], float]] = {
     "stage1_code": stage1_code,
     "stage1_readme": stage1_readme,
     "stage2": stage2,
+    "stage2_no_penalty": stage2_no_penalty,
     "stage2_em": stage2_em,
     "stage2_cover_em": stage2_cover_em,
     "stage2_llama": stage2_llama,

@@ -12,11 +12,24 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from gradients import make_episodes
 from test_retriever import PASSAGES, write
 from tiny import command, make_world, torchrun
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import baselines, dense_memory, memory_7b, real_questions, retriever, soak
+import policy
+import train
+from benchmarks import (
+    ablations,
+    baselines,
+    dense_memory,
+    memory_7b,
+    real_questions,
+    retriever,
+    soak,
+)
+from checkpoint import Progress
+from config import Config
 from tools import demo
 
 ROOT = Path(__file__).parent.parent
@@ -231,6 +244,66 @@ def test_real_questions_from_the_split_to_the_table_and_again(model_folder, tmp_
     assert len(set(names)) == 20 and len(lines_of(out, "train")) == 14
     assert {"rollouts", "solved"} <= lines_of(out, "train_2")[0].keys()
     assert (out / "curves.png").exists() and (out / "report.html").exists()
+
+
+def test_ablations_from_training_to_the_table(model_folder, tmp_path, monkeypatch, capsys):
+    """In small: one seed, a step of each stage; a second call finds all of it done."""
+    demo = tmp_path / "demo"
+    demo.mkdir()
+    (demo / "model").symlink_to(model_folder)
+    (demo / "prompt.txt").write_text("{question}\n<think>")
+    write(demo / "passages.jsonl", PASSAGES)
+    for name in ("train", "validation", "heldout"):
+        asked = [{"id": f"{i}", "question": f"who is {i}?", "answers": ["b"]} for i in range(8)]
+        write(demo / f"{name}.jsonl", [{**question, "dataset": "d"} for question in asked])
+    monkeypatch.setitem(ablations.ROWS, "default", ablations.Row(steps=(1, 2)))
+    rows = {
+        "unmasked": dataclasses.replace(ablations.ROWS["unmasked"], steps=(1, 2)),
+        "stage2_alone": ablations.Row(steps=(0, 2)),
+        "grpo": dataclasses.replace(ablations.ROWS["grpo"], steps=(1, 2)),
+    }
+    for name, row in rows.items():
+        monkeypatch.setitem(ablations.ROWS, name, row)
+    folders = {"work": tmp_path / "work", "logs": tmp_path / "logs"}
+    for _ in range(2):
+        ablations.run(demo, ("default", *rows), (0,), **folders, engine="transformers")
+    started = {name: list((folders["work"] / name).glob("seed0/stage?")) for name in rows}
+    assert [len(stages) for stages in started.values()] == [2, 1, 1]  # grpo shares its stage 1
+    capsys.readouterr()
+    ablations.table(folders["logs"])
+    table = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in table[4:]] == ["default", *rows]
+    assert table[4].endswith(" | +0.000 (+0.000 to +0.000) | never | never |")
+
+
+def test_the_row_unmasked_trains_on_every_token_after_the_prompt(model_folder, monkeypatch):
+    kept = train.Trainer.compute_advantages
+    monkeypatch.setattr(train.Trainer, "compute_advantages", kept)  # put back after the test
+    monkeypatch.setattr(train, "main", lambda flags: None)
+    ablations.train_on_documents([])
+    policy.start_distributed()
+    episodes = make_episodes(1, 3)  # with documents
+    config = Config(model=str(model_folder), samples_per_prompt=3, sampler_clip=0.0)
+    trainer = train.Trainer(config, policy.load_policy(config.model))
+    batch = train.make_batch(episodes, 3, trainer.device)
+    sampled = int(batch.loss_mask.sum())
+    trainer.compute_advantages(batch)
+    metrics = trainer.update(batch, Progress())
+    after_prompts = sum(len(e.token_ids) - len(e.prompt_ids) for e in episodes)
+    assert sampled < metrics["trained_tokens"] == after_prompts
+
+
+def test_the_difference_of_ablations_and_its_interval_by_hand():
+    better = ablations.Run({"a": [1.0, 1.0], "b": [1.0]}, 1, 1)
+    worse = ablations.Run({"a": [0.5, 0.5], "b": [0.5]}, 1, 1)
+    assert better.all_f1 == [1.0, 1.0, 1.0]
+    found = ablations.difference({0: better, 1: better, 2: better}, {0: worse, 1: worse})
+    assert found == "+0.500 (+0.500 to +0.500)"
+    # Seeds 0 and 1 differ by 1 and by 0: each is drawn twice in a quarter of the resamples.
+    found = ablations.difference(
+        {0: better, 1: worse}, {0: ablations.Run({"a": [0.0, 0.0], "b": [0.0]}, 1, 1), 1: worse}
+    )
+    assert found == "+0.500 (+0.000 to +1.000)"
 
 
 def lines_of(folder, name):

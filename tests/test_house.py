@@ -93,12 +93,12 @@ def size_of(path: Path) -> Size:
 
 
 GROUPS = {  # files, most lines, most tokens
-    "the algorithm": ([f"{name}.py" for name in ALGORITHM], 1_700, 10_100),
-    "all flat modules": ([f"{name}.py" for name in MODULES], 5_710, 32_280),
+    "the algorithm": ([f"{name}.py" for name in ALGORITHM], 1_705, 10_100),
+    "all flat modules": ([f"{name}.py" for name in MODULES], 5_715, 32_300),
     "tools": ([f"tools/{name}.py" for name in TOOLS], 1_510, None),
     "benchmarks": (
         sorted(f"benchmarks/{p.name}" for p in ROOT.glob("benchmarks/*.py")),
-        1_680,
+        1_930,
         None,
     ),
 }

@@ -99,6 +99,7 @@ def test_retrieved_text_cannot_change_the_reward():
         ("stage2", GOOD, 0, 1.0),
         ("stage2", "no", 1, -2.0),
         ("stage2", "<answer> b </answer>", 1, -1.0),  # a right answer in a wrong format
+        ("stage2_no_penalty", "<answer> b </answer>", 1, 1.0),
         ("stage2_llama", "no", 1, -1.0),
         ("stage2_llama", "</think> <answer> b 2 3 4 5 6 7 8 9 10 11 </answer>", 1, 2 / 12),
         ("stage2_em", GOOD.replace(" b <", " b c <"), 1, 0.0),

@@ -18,6 +18,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -147,7 +148,7 @@ def run_row(name: str, seed: int, demo: Path, work: Path, log: Path, engine: str
 
 def run(
     demo: Path = Path("demo"),
-    rows: tuple[str, ...] = MAIN_ROWS,
+    rows: tuple[Literal[tuple(ROWS)], ...] = MAIN_ROWS,
     seeds: tuple[int, ...] = (0, 1, 2),
     work: Path = Path("runs/ablations"),
     logs: Path = Path("results/ablations"),
@@ -157,12 +158,14 @@ def run(
 
     Args:
         demo: folder that `make demo` filled
-        rows: names in ROWS
+        rows: to train
         seeds: of training; the questions are the same
         work: folder for runs and models
         logs: folder for what `table` reads
         engine: inference engine
     """
+    if not (demo / "heldout.jsonl").exists():
+        sys.exit(f"ablations.py: {demo / 'heldout.jsonl'} is not there; run `make demo` first")
     for seed in seeds:
         for name in rows:
             log = logs / name / f"seed{seed}"
@@ -208,6 +211,8 @@ def read_run(log: Path) -> Run:
 def difference(runs: dict[int, Run], default: dict[int, Run]) -> str:
     """Mean F1 less that of the default's runs with the same seeds, with its 95 % interval."""
     pairs = [(runs[seed].all_f1, default[seed].all_f1) for seed in runs if seed in default]
+    if not pairs:
+        return ""
     differences = np.array([np.subtract(*pair) for pair in pairs])  # (seeds, questions)
     random = np.random.default_rng(0)
     means = []
@@ -235,10 +240,12 @@ def table(logs: Path = Path("results/ablations"), cpu: str | None = None) -> Non
         cpu: kind of CPU, as in cpu.txt (default: that of most runs)
     """
     kinds = {file.parent: file.read_text() for file in logs.glob("*/seed*/cpu.txt")}
-    cpu = cpu or max(kinds.values(), key=list(kinds.values()).count)
+    cpu = cpu or max(kinds.values(), key=list(kinds.values()).count, default="no CPU at all")
     rows: dict[str, dict[int, Run]] = {name: {} for name in ROWS}
     for log in sorted(log for log, kind in kinds.items() if kind == cpu):
         rows[log.parent.name][int(log.name.removeprefix("seed"))] = read_run(log)
+    if not rows["default"]:
+        sys.exit(f"ablations.py: {logs} has no run of the row default on {cpu}")
     datasets = list(next(iter(rows["default"].values())).f1)
     print(f"{cpu}\n")
     print(f"| row | seeds | {' | '.join(datasets)} | all | all, less default | format .9 | F1 .8 |")

@@ -256,19 +256,15 @@ def test_ablations_from_training_to_the_table(model_folder, tmp_path, monkeypatc
     for name in ("train", "validation", "heldout"):
         asked = [{"id": f"{i}", "question": f"who is {i}?", "answers": ["b"]} for i in range(8)]
         write(demo / f"{name}.jsonl", [{**question, "dataset": "d"} for question in asked])
-    monkeypatch.setitem(ablations.ROWS, "default", ablations.Row(steps=(1, 2)))
-    rows = {
-        "unmasked": dataclasses.replace(ablations.ROWS["unmasked"], steps=(1, 2)),
-        "stage2_alone": ablations.Row(steps=(0, 2)),
-        "grpo": dataclasses.replace(ablations.ROWS["grpo"], steps=(1, 2)),
-    }
-    for name, row in rows.items():
+    rows = {"unmasked": (1, 0), "stage2_alone": (0, 1), "grpo": (1, 1)}  # grpo shares its stage 1
+    for name, steps in ({"default": (1, 1)} | rows).items():
+        row = dataclasses.replace(ablations.ROWS[name], steps=steps)
         monkeypatch.setitem(ablations.ROWS, name, row)
     folders = {"work": tmp_path / "work", "logs": tmp_path / "logs"}
     for _ in range(2):
         ablations.run(demo, ("default", *rows), (0,), **folders, engine="transformers")
     started = {name: list((folders["work"] / name).glob("seed0/stage?")) for name in rows}
-    assert [len(stages) for stages in started.values()] == [2, 1, 1]  # grpo shares its stage 1
+    assert [len(stages) for stages in started.values()] == [1, 1, 1]
     capsys.readouterr()
     ablations.table(folders["logs"])
     table = capsys.readouterr().out.splitlines()
@@ -300,9 +296,8 @@ def test_the_difference_of_ablations_and_its_interval_by_hand():
     found = ablations.difference({0: better, 1: better, 2: better}, {0: worse, 1: worse})
     assert found == "+0.500 (+0.500 to +0.500)"
     # Seeds 0 and 1 differ by 1 and by 0: each is drawn twice in a quarter of the resamples.
-    found = ablations.difference(
-        {0: better, 1: worse}, {0: ablations.Run({"a": [0.0, 0.0], "b": [0.0]}, 1, 1), 1: worse}
-    )
+    worst = ablations.Run({"a": [0.0, 0.0], "b": [0.0]}, 1, 1)
+    found = ablations.difference({0: better, 1: worse}, {0: worst, 1: worse})
     assert found == "+0.500 (+0.000 to +1.000)"
 
 

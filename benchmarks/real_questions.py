@@ -68,7 +68,7 @@ LIMITS = {
 }
 # Reinforce++ without a baseline needs more questions a step than this machine can answer.
 COMMON = {"algorithm": "grpo", "learning_rate": 5e-6, "temperature": 0.8}
-RECIPE = {1: COMMON | {"steps": 6}, 2: COMMON | {"steps": 40}}
+RECIPE = {1: COMMON | {"steps": 8}, 2: COMMON | {"steps": 40}}
 # Of the training questions: so many are rolled out so often with the model of stage 1.
 TRIED = 200
 ROLLOUTS = 4

@@ -5,12 +5,12 @@
 DIR holds hotpotqa_500.jsonl and 2wiki_500.jsonl (the authors' data/eval_set) and
 wiki_passages.jsonl, passages of Wikipedia to search ({"id", "title", "text"}). The questions of
 both files are split by a seed: seven tenths to train on, one for validation, two held out. Recipe,
-steps and checkpoint are chosen on validation. Stage 2 trains on questions that the model of stage 1
-gets right in at least one of a few rollouts. The held-out questions are answered at the end: by
-the model untrained, after stage 1 and after stage 2; then, untrained and after stage 2, from
-memory, after one search for the question itself, and in the loop with an oracle. The command goes
-on where it stopped, and OUT/starts.log has every start. It prints the table and the paired
-differences; OUT/curves.png and OUT/report.html show the rest.
+steps and checkpoint are chosen on validation. Stage 2 trains on the questions whose answer can be
+found. The held-out questions are answered at the end: by the model untrained, after stage 1 and
+after stage 2; then, untrained and after stage 2, from memory, after one search for the question
+itself, and in the loop with an oracle. The command goes on where it stopped, and OUT/starts.log has
+every start. It prints the table and the paired differences; OUT/curves.png and OUT/report.html show
+the rest.
 """
 
 import random
@@ -25,11 +25,12 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import benchmarks.baselines as baselines
-import data_prep
 from benchmarks.measure import ROOT, torchrun_command
 from evaluate import read_outputs
 from metrics import measure
-from records import read_jsonl, read_questions, write_jsonl, write_text
+from records import read_questions, write_jsonl, write_text
+from retriever import open_retriever
+from reward import best, contiguous_match
 from tools.demo import make_prompt
 from tools.report import page, plot
 
@@ -69,9 +70,7 @@ LIMITS = {
 # Reinforce++ without a baseline needs more questions a step than this machine can answer.
 COMMON = {"algorithm": "grpo", "learning_rate": 5e-6, "temperature": 0.8}
 RECIPE = {1: COMMON | {"steps": 8}, 2: COMMON | {"steps": 40}}
-# Of the training questions: so many are rolled out so often with the model of stage 1.
-TRIED = 200
-ROLLOUTS = 4
+FOUND = 5  # passages in which the answer of a question of stage 2 must stand
 
 
 def split(data: Path, out: Path, seed: int) -> None:
@@ -90,20 +89,21 @@ def split(data: Path, out: Path, seed: int) -> None:
     shutil.copy(data / "wiki_passages.jsonl", out / "passages.jsonl")
 
 
-def choose_questions(out: Path, model: Path, options: dict) -> Path:
-    """Those of the training questions that the model gets right in one of ROLLOUTS rollouts."""
-    tried, counted, chosen = (out / f"train_{name}.jsonl" for name in ("tried", "counted", "2"))
-    if not counted.exists():
-        write_jsonl(tried, read_questions(out / "train.jsonl")[:TRIED])
-        options = options | {"model": model, "questions": tried, "max_rollouts": ROLLOUTS}
-        options |= {"retriever": out / "passages.jsonl", "prompt_file": out / "prompt.txt"}
-        flags = [f"--{name}={value}" for name, value in (options | {"out": counted}).items()]
-        command = [sys.executable, "data_prep.py", "difficulty", *flags]
-        subprocess.run(command, check=True, cwd=ROOT)  # its engine's memory ends with it
-    questions = read_jsonl(counted, data_prep.parse_counted, "a question with rollouts and solved")
-    solved = [question for question in questions if question["solved"]]
-    write_jsonl(chosen, solved or questions)
-    return chosen
+def choose_questions(out: Path) -> Path:
+    """The training questions whose answer stands in what a search for the question finds.
+
+    The others, and "yes" and "no", would pay for guesses.
+    """
+    questions, chosen = read_questions(out / "train.jsonl"), []
+    retriever = open_retriever(str(out / "passages.jsonl"))
+    found = retriever.search([question["question"] for question in questions], FOUND)
+    for question, passages in zip(questions, found, strict=True):
+        answers = [a for a in question["answers"] if a.lower() not in ("yes", "no")]
+        texts = [f"{passage['title']} {passage['text']}" for passage in passages]
+        if answers and any(best(contiguous_match, text, answers) for text in texts):
+            chosen.append(question)
+    write_jsonl(out / "train_2.jsonl", chosen or questions)
+    return out / "train_2.jsonl"
 
 
 def train(out: Path, model: Path, stage: int, questions: Path, options: dict) -> None:
@@ -186,8 +186,7 @@ def main(
         # A step takes minutes, and a checkpoint seconds.
         options |= {"eval_every": eval_every, "save_every": 1, "engine": engine}
         if stage == 2:
-            sampling = {"temperature": options["temperature"], "seed": seed, "engine": engine}
-            questions = choose_questions(out, model, LIMITS | sampling)
+            questions = choose_questions(out)
         train(out, model, stage, questions, options)
         model = out / f"stage{stage}" / "model"
         models[f"stage{stage}"] = out / f"stage{stage}" / "model-best" if stage == 2 else model

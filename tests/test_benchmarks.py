@@ -242,7 +242,7 @@ def test_real_questions_from_the_split_to_the_table_and_again(model_folder, tmp_
     assert len((out / "starts.log").read_text().splitlines()) == 2
     names = [question["id"] for share in real_questions.SHARES for question in lines_of(out, share)]
     assert len(set(names)) == 20 and len(lines_of(out, "train")) == 14
-    assert {"rollouts", "solved"} <= lines_of(out, "train_2")[0].keys()
+    assert len(lines_of(out, "train_2")) == 14  # none or all: the passages are few
     assert (out / "curves.png").exists() and (out / "report.html").exists()
 
 

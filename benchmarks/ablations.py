@@ -14,7 +14,6 @@ questions and seeds; its 95 % interval is over both, by bootstrap.
 import math
 import platform
 import shutil
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from benchmarks.baselines import LIMITS, LOOP
 from benchmarks.baselines import run as evaluate
-from benchmarks.measure import ROOT, torchrun_command
+from benchmarks.measure import run_training
 from config import PRESETS
 from evaluate import read_outputs
 from records import read_jsonl, write_jsonl, write_text
@@ -96,24 +95,18 @@ def run_stage(row: Row, stage: int, demo: Path, model: Path, out: Path, options:
     """Train one stage, or what is left of it."""
     learning_rate = PRESETS["demo"][stage]["learning_rate"] * row.learning_rate
     options = options | {
-        "preset": "demo",
         "stage": stage,
         "steps": row.steps[stage - 1],
         "learning_rate": learning_rate,
         "model": model,
-        "questions": demo / "train.jsonl",
-        "eval_questions": demo / "validation.jsonl",
         "eval_every": EVAL_EVERY,
-        "retriever": demo / "passages.jsonl",
-        "prompt_file": demo / "prompt.txt",
-        "out": out,
     }
     options |= row.both | (row.stage2 if stage == 2 else {})
-    script = [ROOT / "train.py"]
     if row.trains_on_documents:
-        script = [Path(__file__).resolve(), "train_on_documents"]
-    flags = [f"--{name}={value}" for name, value in options.items()]
-    subprocess.run(torchrun_command(1, *script, "--resume", *flags), check=True)
+        script = (Path(__file__).resolve(), "train_on_documents")
+        run_training(demo, out, options, script)
+    else:
+        run_training(demo, out, options)
 
 
 def kind_of_cpu() -> str:
@@ -138,8 +131,7 @@ def run_row(name: str, seed: int, demo: Path, work: Path, log: Path, engine: str
         (log / f"stage{stage}").mkdir(parents=True, exist_ok=True)
         for file in ("config.json", "metrics.jsonl"):
             shutil.copy(out / file, log / f"stage{stage}")
-    limits = {limit: PRESETS["demo"][2][limit] for limit in LIMITS}
-    evaluate(demo, model, LOOP, own / "eval", limits | {"engine": engine})
+    evaluate(demo, model, LOOP, own / "eval", LIMITS | {"engine": engine})
     write_text(log / "cpu.txt", kind_of_cpu())
     kept = ("id", "dataset", "em", "f1", "searches", "failed_rule")
     outputs = read_outputs(own / "eval" / "transcripts.jsonl")

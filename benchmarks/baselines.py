@@ -36,7 +36,10 @@ BASELINES = {
 }
 LOOP = ("search", "prompt.txt", [])  # the loop itself, with which they are compared
 # Of the preset: what a trajectory may use, as in training.
-LIMITS = ("documents_per_search", "max_searches", "max_turn_tokens", "max_context")
+LIMITS = {
+    name: PRESETS["demo"][2][name]
+    for name in ("documents_per_search", "max_searches", "max_turn_tokens", "max_context")
+}
 
 # Always the same, since the URL is part of an evaluation's protocol.
 PORT = 8931
@@ -70,7 +73,7 @@ def main(
         model: DEMO/stage2/model-best by default
     """
     model = model or demo / "stage2" / "model-best"
-    options = {"engine": engine} | {limit: PRESETS["demo"][2][limit] for limit in LIMITS}
+    options = LIMITS | {"engine": engine}
     folders = sorted(demo.glob("eval-*"))
     for name, baseline in BASELINES.items():
         folders.append(run(demo, model, baseline, demo / "baselines" / name, options))

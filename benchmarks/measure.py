@@ -20,6 +20,27 @@ def torchrun_command(ranks: int, *words: str | Path) -> list[str]:
     return [sys.executable, *launcher, *map(str, words)]
 
 
+def run_training(
+    folder: Path, out: Path, options: dict, script: tuple[str | Path, ...] = (ROOT / "train.py",)
+) -> None:
+    """Train, or go on, with the questions, the passages and the prompt of a folder.
+
+    Args:
+        options: of train.py, beside or over these.
+        script: a file that takes train.py's command line, and arguments before it.
+    """
+    options = {
+        "preset": "demo",
+        "questions": folder / "train.jsonl",
+        "eval_questions": folder / "validation.jsonl",
+        "retriever": folder / "passages.jsonl",
+        "prompt_file": folder / "prompt.txt",
+        "out": out,
+    } | options
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    subprocess.run(torchrun_command(1, *script, "--resume", *flags), check=True)
+
+
 def show(row: dict, as_json: bool) -> None:
     print(json.dumps(row) if as_json else row, flush=True)
 

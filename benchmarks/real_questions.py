@@ -15,7 +15,6 @@ the rest.
 
 import random
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,12 +24,12 @@ import tyro
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import benchmarks.baselines as baselines
-from benchmarks.measure import ROOT, torchrun_command
+from answerability import in_first_passages
+from benchmarks.measure import run_training
 from evaluate import read_outputs
 from metrics import measure
 from records import read_questions, write_jsonl, write_text
 from retriever import open_retriever
-from reward import best, contiguous_match
 from tools.demo import make_prompt
 from tools.report import page, plot
 
@@ -74,7 +73,7 @@ FOUND = 5  # passages in which the answer of a question of stage 2 must stand
 
 
 def split(data: Path, out: Path, seed: int) -> None:
-    """Write train.jsonl, validation.jsonl, heldout.jsonl, passages.jsonl and the prompts."""
+    """Write the questions (train_2.jsonl: those of stage 2), the prompts and passages.jsonl."""
     questions = [q for name in DATASETS for q in read_questions(data / f"{name}.jsonl")]
     questions = [{**q, "id": f"{q['dataset']}-{q['id']}"} for q in questions]
     random.Random(seed).shuffle(questions)
@@ -86,40 +85,20 @@ def split(data: Path, out: Path, seed: int) -> None:
     for mode, instructions in INSTRUCTIONS.items():
         name = "prompt.txt" if mode == "search" else f"prompt_{mode}.txt"
         write_text(out / name, f"{instructions}\n\n{make_prompt(mode, [EXAMPLE])}")
+    training = read_questions(out / "train.jsonl")
+    chosen = choose_questions(training, data / "wiki_passages.jsonl")
+    write_jsonl(out / "train_2.jsonl", chosen or training)
     shutil.copy(data / "wiki_passages.jsonl", out / "passages.jsonl")
 
 
-def choose_questions(out: Path) -> Path:
-    """The training questions whose answer stands in what a search for the question finds.
+def choose_questions(questions: list[dict], passages: Path) -> list[dict]:
+    """Those whose answer stands in what a search for the question finds.
 
     The others, and "yes" and "no", would pay for guesses.
     """
-    questions, chosen = read_questions(out / "train.jsonl"), []
-    retriever = open_retriever(str(out / "passages.jsonl"))
-    found = retriever.search([question["question"] for question in questions], FOUND)
-    for question, passages in zip(questions, found, strict=True):
-        answers = [a for a in question["answers"] if a.lower() not in ("yes", "no")]
-        texts = [f"{passage['title']} {passage['text']}" for passage in passages]
-        if answers and any(best(contiguous_match, text, answers) for text in texts):
-            chosen.append(question)
-    write_jsonl(out / "train_2.jsonl", chosen or questions)
-    return out / "train_2.jsonl"
-
-
-def train(out: Path, model: Path, stage: int, questions: Path, options: dict) -> None:
-    """A stage, or what is left of it."""
-    options = options | {
-        "preset": "demo",
-        "stage": stage,
-        "model": model,
-        "questions": questions,
-        "eval_questions": out / "validation.jsonl",
-        "retriever": out / "passages.jsonl",
-        "prompt_file": out / "prompt.txt",
-        "out": out / f"stage{stage}",
-    }
-    flags = [f"--{name}={value}" for name, value in options.items()]
-    subprocess.run(torchrun_command(1, "train.py", "--resume", *flags), check=True, cwd=ROOT)
+    asked = [q for q in questions if not {a.lower() for a in q["answers"]} <= {"yes", "no"}]
+    found = in_first_passages(open_retriever(str(passages)).search, asked, FOUND)
+    return [question for question, is_found in zip(asked, found, strict=True) if is_found]
 
 
 def answer(out: Path, model: Path, name: str, options: dict) -> list[Path]:
@@ -180,14 +159,12 @@ def main(
     if not (out / "passages.jsonl").exists():  # the last file of the split
         split(data, out, seed)
     models = {"untrained": model}
-    questions = out / "train.jsonl"
-    for stage in (1, 2):
+    for stage, questions in ((1, "train.jsonl"), (2, "train_2.jsonl")):
         options = RECIPE[stage] | LIMITS | {"steps": steps[stage - 1], "seed": seed}
         # A step takes minutes, and a checkpoint seconds.
         options |= {"eval_every": eval_every, "save_every": 1, "engine": engine}
-        if stage == 2:
-            questions = choose_questions(out)
-        train(out, model, stage, questions, options)
+        options |= {"stage": stage, "model": model, "questions": out / questions}
+        run_training(out, out / f"stage{stage}", options)
         model = out / f"stage{stage}" / "model"
         models[f"stage{stage}"] = out / f"stage{stage}" / "model-best" if stage == 2 else model
     folders = []

@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from benchmarks.baselines import LIMITS, LOOP
 from benchmarks.baselines import run as evaluate
-from benchmarks.measure import run_training
+from benchmarks.measure import TRAIN, run_training
 from config import PRESETS
 from evaluate import read_outputs
 from records import read_jsonl, write_jsonl, write_text
@@ -102,11 +102,8 @@ def run_stage(row: Row, stage: int, demo: Path, model: Path, out: Path, options:
         "eval_every": EVAL_EVERY,
     }
     options |= row.both | (row.stage2 if stage == 2 else {})
-    if row.trains_on_documents:
-        script = (Path(__file__).resolve(), "train_on_documents")
-        run_training(demo, out, options, script)
-    else:
-        run_training(demo, out, options)
+    on_documents = (Path(__file__).resolve(), "train_on_documents")
+    run_training(demo, out, options, on_documents if row.trains_on_documents else TRAIN)
 
 
 def kind_of_cpu() -> str:

@@ -4,14 +4,16 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
 
+from policy import timed
+
 ROOT = Path(__file__).resolve().parent.parent
+TRAIN = (ROOT / "train.py",)
 
 
 def torchrun_command(ranks: int, *words: str | Path) -> list[str]:
@@ -20,9 +22,7 @@ def torchrun_command(ranks: int, *words: str | Path) -> list[str]:
     return [sys.executable, *launcher, *map(str, words)]
 
 
-def run_training(
-    folder: Path, out: Path, options: dict, script: tuple[str | Path, ...] = (ROOT / "train.py",)
-) -> None:
+def run_training(folder: Path, out: Path, options: dict, script: tuple = TRAIN) -> None:
     """Train, or go on, with the questions, the passages and the prompt of a folder.
 
     Args:
@@ -38,7 +38,9 @@ def run_training(
         "out": out,
     } | options
     flags = [f"--{name}={value}" for name, value in options.items()]
-    subprocess.run(torchrun_command(1, *script, "--resume", *flags), check=True)
+    status = subprocess.call(torchrun_command(1, *script, "--resume", *flags))
+    if status:
+        sys.exit(status)  # the script has said why
 
 
 def show(row: dict, as_json: bool) -> None:
@@ -53,12 +55,13 @@ def take_turns(ways: dict[str, Callable[[], int]], repeats: int) -> dict[str, li
             opposite order.
     """
     rates: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, float] = {}
     order = list(ways)
     for _ in range(repeats):
         for name in order:
-            start = time.perf_counter()
-            tokens = ways[name]()
-            rates[name].append(tokens / (time.perf_counter() - start))
+            with timed(seconds, name):
+                tokens = ways[name]()
+            rates[name].append(tokens / seconds[f"seconds_{name}"])
         order.reverse()
     return rates
 
@@ -84,15 +87,16 @@ def peak_mib() -> float:
 
 
 @contextmanager
-def search_server(
-    index: Path, *flags: str | Path, port: int = 0
-) -> Iterator[tuple[psutil.Popen, str]]:
+def search_server(index: Path, *flags: str | Path, port: int = 0) -> Iterator[tuple]:
     """A search server of an index in a process of its own; its process and its URL."""
     script = ROOT / "tools" / "search_server.py"
     command = [sys.executable, script, "--index", index, "--port", str(port), *flags]
     server = psutil.Popen(command, stdout=subprocess.PIPE, text=True)
+    line = server.stdout.readline()
+    if not line:
+        sys.exit(server.wait())  # it has said why
     try:
-        yield server, server.stdout.readline().split()[-1]
+        yield server, line.split()[-1]
     finally:
         server.terminate()
         server.wait()

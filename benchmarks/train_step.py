@@ -62,7 +62,8 @@ class Workload:
         self.config = Config(**PRESETS["demo"][1] | options)
         self.episodes = episodes
         self.trainer = Trainer(self.config, load_policy(model))
-        self.plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        self.plain = plain.to(self.trainer.device)
         self.head_weight = self.plain.get_output_embeddings().weight
         self.tokens = sum(len(episode.token_ids) for episode in episodes)
         self.actions = sum(sum(episode.action_mask) for episode in episodes)
@@ -88,7 +89,7 @@ class Workload:
         while left:
             count = min(max(1, self.config.micro_batch_tokens // length), left)
             left -= count
-            ids = torch.randint(len(self.head_weight), (count, length))
+            ids = torch.randint(len(self.head_weight), (count, length), device=self.plain.device)
             hidden = self.plain.base_model(ids, use_cache=False).last_hidden_state
             actions = self.actions * count // len(self.episodes)
             self.backward_head(hidden.flatten(0, 1)[torch.randint(ids.numel(), (actions,))])
@@ -96,13 +97,14 @@ class Workload:
         return self.tokens
 
     def backward_head(self, hidden: torch.Tensor) -> None:
-        targets = torch.randint(len(self.head_weight), (len(hidden),))
+        targets = torch.randint(len(self.head_weight), (len(hidden),), device=self.plain.device)
         token_log_probs(hidden, self.head_weight, targets).sum().backward()
 
     def head(self) -> int:
         """The head's part of `bare`."""
         size = self.plain.config.hidden_size
-        self.backward_head(torch.randn(self.actions, size).bfloat16().requires_grad_())
+        hidden = torch.randn(self.actions, size, dtype=torch.bfloat16, device=self.plain.device)
+        self.backward_head(hidden.requires_grad_())
         return self.tokens
 
     def computed(self) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import socket
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -23,6 +24,7 @@ from benchmarks import (
     ablations,
     baselines,
     dense_memory,
+    measure,
     memory_7b,
     real_questions,
     retriever,
@@ -163,6 +165,24 @@ def test_baselines(tmp_path, model_folder, capsys):
         assert protocol["mode"] == mode and protocol["max_turn_tokens"] == 48
         rows = [json.loads(line) for line in (folder / "transcripts.jsonl").open()]
         assert len(rows) == 8 and (mode != "single" or all(row["searches"] == 1 for row in rows))
+
+
+def test_a_script_that_fails_ends_the_benchmark_with_its_line(tmp_path, capfd):
+    def ends_in(work, status: int) -> str:
+        with pytest.raises(SystemExit) as error:
+            work()
+        assert error.value.code == status
+        return capfd.readouterr().err
+
+    def search() -> None:
+        with measure.search_server(passages, port=listener.getsockname()[1]):
+            raise AssertionError("the port is taken")
+
+    passages = write(tmp_path / "passages.jsonl", PASSAGES)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert "already in use" in ends_in(search, 2)
+    options = {"stage": 1}
+    assert "prompt.txt" in ends_in(lambda: measure.run_training(tmp_path, tmp_path, options), 1)
 
 
 def test_retriever(tmp_path):

@@ -50,8 +50,10 @@ demo-2hop: demo
 	$(EVALUATE) $(DATA_2HOP) --model $(DEMO_2HOP)/stage2/model-best --out $(DEMO_2HOP)/eval-stage2-$(STEPS_2HOP)
 	$(BIN)/python tools/report.py learning $(DEMO_2HOP) --out $(DEMO_2HOP)/learning.png
 
+# Not in parallel on a GPU: engines share it.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest tests/test_house.py
+	$(BIN)/python -m pytest --ignore tests/test_house.py $(if $(findstring cpu,$(REQUIREMENTS)),-n 2 --dist loadfile)
 
 test-gpu: .venv/installed
 	$(BIN)/python -m pytest -m gpu

@@ -1,4 +1,4 @@
-"""What only a GPU can show: `make test-gpu`. Two tests want vLLM, and one wants a second GPU."""
+"""What only a GPU can show: `make test-gpu`. Three tests want vLLM, and one wants a second GPU."""
 
 import dataclasses
 import importlib.util
@@ -54,7 +54,11 @@ def test_an_engine_that_slept_and_got_its_weights_again_answers_as_before(
 
 @needs_vllm
 def test_the_engine_follows_the_trainer(engine, tokenizer, model_folder):
-    """Log-probabilities of other weights than it opened with, beside transformers' in fp32."""
+    """Log-probabilities of other weights than it opened with, beside transformers' in fp32.
+
+    Rounded to TF32 on a CPU, attention alone moves them by up to 0.013, and all products by 0.044;
+    the old weights are off by up to 17, the old head alone by 2.4.
+    """
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     torch.manual_seed(1)
     with torch.no_grad():
@@ -63,7 +67,7 @@ def test_the_engine_follows_the_trainer(engine, tokenizer, model_folder):
     engine.load_weights(model.named_parameters())
     for episode in run_all(engine, tokenizer, temperature=0.7):
         for expected, reported in sampled_log_probs(episode, model, temperature=0.7):
-            assert reported == pytest.approx(expected, abs=1e-2)  # TF32
+            assert reported == pytest.approx(expected, abs=5e-2)
 
 
 @needs_vllm

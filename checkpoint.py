@@ -125,11 +125,9 @@ def read_shards(folder: Path, shards: dict[str, Shard]) -> None:
 
 
 def create_moments(optimizer: torch.optim.Optimizer, updates: int) -> None:
-    """Make Adam's state after `updates` steps, with moments of zero, where a parameter has none."""
+    """Make Adam's state after `updates` steps, with moments of zero."""
     for group in optimizer.param_groups:
         for parameter in group["params"]:
-            if optimizer.state[parameter]:
-                continue
             step = torch.tensor(float(updates), device=parameter.device)
             optimizer.state[parameter] = {"step": step}
             for moment in MOMENTS:
@@ -203,7 +201,6 @@ def save_checkpoint(
             shutil.rmtree(left_by_a_kill)
         partial.mkdir(parents=True)
     dist.barrier()
-    create_moments(optimizer, progress.updates)  # where no gradient has made them
     digests = {}
     with remove_partial(partial):
         file = partial / f"rank_{rank:04d}.safetensors"
@@ -273,17 +270,12 @@ def newest_checkpoint(folder: Path, step: int | None = None) -> tuple[Path | Non
 
 
 def load_checkpoint(
-    path: Path,
-    policy: nn.Module,
-    optimizer: torch.optim.Optimizer | None = None,
-    progress: Progress = Progress(),
+    path: Path, policy: nn.Module, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
-    """Read parameters, and moments if their optimiser is given with the checkpoint's progress.
+    """Read parameters, and moments if their optimiser is given; see `create_moments`.
 
     The checkpoint may be of another number of ranks.
     """
-    if optimizer is not None:
-        create_moments(optimizer, progress.updates)
     read_shards(path, training_state(policy, optimizer))
 
 

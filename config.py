@@ -15,18 +15,19 @@ import tyro
 from engine import ENGINES
 from reinforce_pp import ALGORITHMS
 from reward import REWARDS
+from rollout import Limits
 
 
 @dataclass(frozen=True)
-class Config:
-    """Everything that decides the numbers of a run."""
+class Config(Limits):
+    """Everything that decides the numbers of a run; the limits of an episode are in rollout.py."""
 
     model: str = "Qwen/Qwen2.5-7B"  # Hugging Face folder or hub name
     questions: str = "data/stage_1.jsonl"  # training questions (JSONL)
     eval_questions: str = ""  # validation questions (JSONL) for --eval_every
     retriever: str = "data/bm25"  # passage file (JSONL), index folder or URL of a search server
     prompt_file: str = "base"  # base, chat, or a text file with {question} in it
-    engine: Literal[ENGINES] = "vllm"  # inference engine (engine.py)
+    engine: Literal[tuple(ENGINES)] = "vllm"  # inference engine (engine.py)
     seed: int = 0  # of data order and sampling
     steps: int = 128  # rollout batches
     prompts_per_step: int = 64  # questions in a rollout batch (official scripts)
@@ -43,12 +44,6 @@ class Config:
     mask_truncated: bool = False  # no gradient from episodes out of tokens or with an empty query
     sampler_clip: float = 2.0  # sampler correction within [1/c, c]; 0 switches it off
     sampler_mask: float = 0.0  # no gradient from sequences whose mean ratio leaves [1/c, c]; 0 off
-    temperature: float = 1.0  # of sampling, applied to the trainer's logits too (paper)
-    max_searches: int = 8  # queries per episode (paper)
-    documents_per_search: int = 3  # passages per query (official code)
-    max_turn_tokens: int = 512  # tokens sampled between two stops (official code)
-    max_document_tokens: int = 2048  # tokens of one documents block; longer blocks are cut
-    max_context: int = 29_000  # prompt, policy and documents together, in tokens (official code)
     micro_batch_tokens: int = 32_768  # padded tokens of one forward and backward pass
     gradient_checkpointing: bool = True  # recompute activations in the backward pass
     cpu_offload: bool = False  # keep parameters and optimiser states in host memory
@@ -165,10 +160,14 @@ def check(config: Config) -> None:
         least = 0 if field.name in ("save_every", "eval_every", "warmup") else 1
         if field.type is int and field.name != "seed" and getattr(config, field.name) < least:
             raise ValueError(f"--{field.name} must be at least {least}")
-    for name in ("learning_rate", "temperature", "clip_eps", "clip_eps_high"):
+    for name in ("learning_rate", "clip_eps", "clip_eps_high"):
         value = getattr(config, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # NaN is refused too
             raise ValueError(f"--{name} must be above 0")
+    if not 0.01 <= config.temperature <= 2:  # vLLM's limits
+        raise ValueError("--temperature must be from 0.01 to 2")
+    if not 0 < config.gpu_memory_utilization <= 1:
+        raise ValueError("--gpu_memory_utilization must be above 0 and at most 1")
     for name in ("kl_coef", "stop_on_collapse"):
         if getattr(config, name) < 0:
             raise ValueError(f"--{name} must be at least 0")

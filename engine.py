@@ -158,10 +158,10 @@ class TransformersEngine:
     """A small engine on plain transformers, one sequence at a time: slow, exact, easy to read.
 
     The tokens of a sequence do not depend on what else was submitted, so a rollout repeats bit for
-    bit whatever the timing.
+    bit whatever the timing. Of the other engine's options it needs none.
     """
 
-    def __init__(self, model: str):
+    def __init__(self, model: str, *unused: Any, sleep_mode: bool = False):
         import torch
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -225,13 +225,4 @@ class TransformersEngine:
     def wake_up(self): ...
 
 
-ENGINES = ("vllm", "transformers")
-
-
-def open_engine(
-    name: str, model: str, max_context: int, gpu_memory_utilization: float, sleep_mode: bool
-) -> Engine:
-    """The engine that `--engine` names."""
-    if name == "vllm":
-        return VLLMEngine(model, max_context, gpu_memory_utilization, sleep_mode=sleep_mode)
-    return TransformersEngine(model)
+ENGINES = {"vllm": VLLMEngine, "transformers": TransformersEngine}

@@ -24,14 +24,8 @@ from tqdm import tqdm
 
 from answerability import measure_answerability
 from inference import answer_questions, open_rollout, question_key
-from metrics import (
-    JUDGE_PROMPT,
-    format_cell,
-    measure_by_dataset,
-    table,
-    verdict,
-)
-from protocol import PROTOCOLS, Evaluation, apply_mode, apply_protocol, describe_protocol
+from metrics import JUDGE_PROMPT, format_cell, measure_by_dataset, table, verdict
+from protocol import PROTOCOLS, Evaluation, complete_options, describe_protocol
 from records import (
     MALFORMED,
     Journal,
@@ -57,6 +51,8 @@ def read_question_files(paths: list[str], limit: int) -> list[dict]:
 
     The dataset of questions that name none is their file's name, or its path if files share a name.
     """
+    if limit < 0:
+        raise ValueError("--limit must be at least 0")
     file_names = [Path(path).stem for path in paths]
     questions = {}
     for path in paths:
@@ -80,13 +76,9 @@ def answer_remaining(evaluation: Evaluation, questions: list[dict], journal: Jou
     if remaining:
         protocol = PROTOCOLS[evaluation.protocol]
         rollout, encode = open_rollout(evaluation, protocol.tags, protocol.prompt_role)
-
-        def encode_question(question: str) -> list[int]:
-            return encode(protocol.ask(question))
-
         answered = answer_questions(
             rollout,
-            encode_question,
+            lambda question: encode(protocol.ask(question)),
             remaining,
             evaluation.seed,
             search_first=evaluation.mode == "single",
@@ -111,10 +103,13 @@ def read_metrics(file: Path) -> dict:
 def read_results(folders: list[Path]) -> dict[str, dict]:
     """Results of evaluations by "FOLDER DATASET", with ACC_L where `judge` has been run.
 
-    Verdicts on another file, such as an earlier evaluation's in the same folder, are left out.
+    Folders that share a name stand with their paths. Verdicts on another file, such as an earlier
+    evaluation's in the same folder, are left out.
     """
+    names = [folder.name for folder in folders]
     results = {}
     for folder in folders:
+        name = folder.name if names.count(folder.name) == 1 else folder
         judged_file = folder / "transcripts.judged.jsonl"
         judged = {}
         if judged_file.exists() and (folder / "transcripts.jsonl").exists():
@@ -129,13 +124,13 @@ def read_results(folders: list[Path]) -> dict[str, dict]:
             if "acc_l" in scores:
                 result["acc_l"] = scores["acc_l"]
                 result.setdefault("intervals", {})["acc_l"] = scores["intervals"]["acc_l"]
-            results[f"{folder.name} {dataset}"] = result
+            results[f"{name} {dataset}"] = result
     return results
 
 
 def run(evaluation: Annotated[Evaluation, tyro.conf.arg(name="")]) -> None:
     """Answer question files and score the answers; a finished evaluation is only shown."""
-    evaluation = apply_mode(apply_protocol(evaluation))
+    evaluation = complete_options(evaluation)
     questions = read_question_files(evaluation.questions, evaluation.limit)
     protocol = describe_protocol(evaluation)
     out = evaluation.out

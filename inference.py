@@ -6,11 +6,11 @@ Options of inference, fingerprints of what they name, opening a model for it, an
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from engine import ENGINES, open_engine
+from engine import ENGINES
 from metrics import episode_record
 from records import fingerprint
 from retriever import open_retriever, retriever_fingerprint
@@ -25,7 +25,7 @@ class Inference(Limits):
     model: str  # Hugging Face folder
     retriever: str  # passage file (JSONL), index folder or search server URL
     prompt_file: str = "base"  # base, chat, or a text file with {question} in it
-    engine: Literal[ENGINES] = "vllm"  # inference engine
+    engine: Literal[tuple(ENGINES)] = "vllm"  # inference engine
     gpu_memory_utilization: float = 0.9  # the engine's share of the GPU
     seed: int = 0  # of the sampling, where the temperature is not 0
 
@@ -54,6 +54,20 @@ def describe_inputs(options: Inference) -> dict[str, str | None]:
     return inputs
 
 
+def check_limits(options: Inference) -> None:
+    """Refuse what no engine can do.
+
+    Raises:
+        ValueError: names the flag and the values that it takes.
+    """
+    for field in fields(Limits):
+        least = 0 if field.name in ("max_searches", "temperature") else 1
+        if getattr(options, field.name) < least:
+            raise ValueError(f"--{field.name} must be at least {least}")
+    if options.temperature and not 0.01 <= options.temperature <= 2:  # vLLM's limits
+        raise ValueError("--temperature must be 0 or from 0.01 to 2")
+
+
 def open_rollout(
     options: Inference, tags: Tags = TAGS, prompt_role: str = "text", sleep_mode: bool = False
 ) -> tuple[Rollout, Callable[[str], list[int]]]:
@@ -69,6 +83,7 @@ def open_rollout(
     import torch
     from transformers import AutoTokenizer
 
+    check_limits(options)
     search = None  # nothing is searched without a retriever
     if options.retriever is not None:
         search = open_retriever(options.retriever).search
@@ -76,12 +91,8 @@ def open_rollout(
     # The encoder refuses a bad prompt before the engine loads.
     role = prompt_role if tokenizer.chat_template else "text"
     encode = prompt_encoder(tokenizer, load_prompt(options.prompt_file, role))
-    engine = open_engine(
-        options.engine,
-        options.model,
-        options.max_context,
-        options.gpu_memory_utilization,
-        sleep_mode,
+    engine = ENGINES[options.engine](
+        options.model, options.max_context, options.gpu_memory_utilization, sleep_mode=sleep_mode
     )
     deterministic = not torch.cuda.is_available()
     return Rollout(engine, tokenizer, search, tags, options, deterministic), encode

@@ -31,11 +31,7 @@ class Row:
 
     members: list[int]  # indices of the sequences
     prefix: list[int]  # token ids
-    remainders: int  # tokens
-
-    @property
-    def tokens(self) -> int:
-        return len(self.prefix) + self.remainders
+    tokens: int  # of the prefix and all remainders
 
     @property
     def is_shared(self) -> bool:
@@ -44,9 +40,10 @@ class Row:
     def join(self, index: int, sequence: list[int]) -> "Row":
         """This row with one more sequence, whose start may shorten the common prefix."""
         prefix = common_prefix(self.prefix, sequence)
-        given_up = (len(self.prefix) - len(prefix)) * len(self.members)
-        remainders = self.remainders + given_up + len(sequence) - len(prefix)
-        return Row([*self.members, index], prefix, remainders)
+        # What leaves the prefix is then in every member's remainder, once in place of the prefix.
+        copies = (len(self.prefix) - len(prefix)) * (len(self.members) - 1)
+        tokens = self.tokens + copies + len(sequence) - len(prefix)
+        return Row([*self.members, index], prefix, tokens)
 
 
 def plan_micro_batches(sequences: dict[int, list[int]], budget: int) -> list[list[list[int]]]:
@@ -71,7 +68,7 @@ def plan_micro_batches(sequences: dict[int, list[int]], budget: int) -> list[lis
             if fits and added <= MAX_ADDED_SHARE * len(sequence):
                 rows[-1] = joined
                 continue
-        rows.append(Row([index], sequence, 0))
+        rows.append(Row([index], sequence, len(sequence)))
     rows.sort(key=lambda row: (row.is_shared, row.tokens), reverse=True)
     micro_batches: list[list[list[int]]] = []
     first = None  # row of the last micro-batch, its longest

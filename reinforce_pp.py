@@ -83,6 +83,17 @@ def centre(rewards: Tensor) -> Tensor:
     return shifted - shifted.mean(1, keepdim=True)
 
 
+def standardize(rewards: Tensor) -> Tensor:
+    """`centre`, divided by the group's standard deviation.
+
+    It is that of a sample, divided by n - 1, as in OpenRLHF, verl and TRL.
+    """
+    centred = centre(rewards)
+    others = max(1, rewards.shape[1] - 1)
+    std = (centred.square().sum(1, keepdim=True) / others).sqrt()
+    return centred / (std + 1e-6)
+
+
 def normalize(returns: Tensor, action_mask: Tensor) -> Tensor:
     """Eq. 5 over all action tokens of the batch; 0 outside the mask."""
     mask = action_mask.bool()
@@ -93,47 +104,15 @@ def normalize(returns: Tensor, action_mask: Tensor) -> Tensor:
     return (returns - mean) / variance.clamp(min=1e-8).sqrt() * mask
 
 
-def reinforce_pp(rewards: Tensor, action_mask: Tensor, kl: Tensor | None, kl_coef: float) -> Tensor:
-    """Eqs. 2, 3 and 5: no group baseline."""
-    return normalize(returns_to_go(rewards.flatten(), action_mask, kl, kl_coef), action_mask)
-
-
-def reinforce_pp_baseline(
-    rewards: Tensor, action_mask: Tensor, kl: Tensor | None, kl_coef: float
-) -> Tensor:
-    """Eqs. 2 to 5 with the group's mean as baseline."""
-    baselined = centre(rewards).flatten()
-    return normalize(returns_to_go(baselined, action_mask, kl, kl_coef), action_mask)
-
-
-def grpo(rewards: Tensor, action_mask: Tensor, kl: Tensor | None, kl_coef: float) -> Tensor:
-    """Eqs. 2 to 4 with the group's mean and standard deviation; no normalisation over the batch.
-
-    The standard deviation is that of a sample, divided by n - 1, as in OpenRLHF, verl and TRL.
-    """
-    centred = centre(rewards)
-    others = max(1, rewards.shape[1] - 1)
-    std = (centred.square().sum(1, keepdim=True) / others).sqrt()
-    standardized = centred / (std + 1e-6)
-    return returns_to_go(standardized.flatten(), action_mask, kl, kl_coef)
-
-
-def dr_grpo(rewards: Tensor, action_mask: Tensor, kl: Tensor | None, kl_coef: float) -> Tensor:
-    """Eqs. 2 to 4 with the group's mean and no division: hard and easy questions weigh alike.
-
-    Dr. GRPO's other change, a loss that does not divide by an episode's length, is Eq. 8.
-    """
-    return returns_to_go(centre(rewards).flatten(), action_mask, kl, kl_coef)
-
-
-# What --algorithm names. An estimator takes rewards (groups, samples), action_mask (B, T) with
-# B = groups * samples in the same order, kl (B, T) or None, and kl_coef; it returns (B, T).
-ALGORITHMS: dict[str, Callable[[Tensor, Tensor, Tensor | None, float], Tensor]] = {
-    "reinforce++": reinforce_pp,
-    "reinforce++_baseline": reinforce_pp_baseline,
-    "grpo": grpo,
-    "dr_grpo": dr_grpo,
+# What --algorithm names: the baseline of Eq. 4, from rewards (groups, samples) to the same shape.
+# Dr. GRPO's other change, a loss that does not divide by an episode's length, is Eq. 8.
+ALGORITHMS: dict[str, Callable[[Tensor], Tensor]] = {
+    "reinforce++": torch.clone,  # no baseline
+    "reinforce++_baseline": centre,
+    "grpo": standardize,
+    "dr_grpo": centre,
 }
+NORMALIZED = ("reinforce++", "reinforce++_baseline")  # the algorithms with Eq. 5
 
 
 def estimate_advantages(
@@ -143,11 +122,18 @@ def estimate_advantages(
     kl: Tensor | None = None,
     kl_coef: float = 0.0,
 ) -> Tensor:
-    """(B, T) fp32 advantages of `algorithm`, 0 outside the mask.
+    """Eqs. 2 to 5: (B, T) fp32 advantages of `algorithm`, 0 outside the mask.
 
     They are computed in fp64: rounding must not make a small advantage of one that is 0.
+
+    Args:
+        rewards: (groups, samples), B = groups * samples in the order of the mask.
     """
-    return ALGORITHMS[algorithm](rewards.double(), action_mask, kl, kl_coef).float()
+    baselined = ALGORITHMS[algorithm](rewards.double())
+    advantages = returns_to_go(baselined.flatten(), action_mask, kl, kl_coef)
+    if algorithm in NORMALIZED:
+        advantages = normalize(advantages, action_mask)
+    return advantages.float()
 
 
 # --------------------------------------------------------------------------------------------------

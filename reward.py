@@ -110,11 +110,9 @@ def one_think(text: str) -> bool:
 def one_answer(text: str) -> bool:
     """There is exactly one answer, not empty, after the reasoning, and nothing follows it."""
     opening, closing = TAGS.answer
-    if text.count(opening) != 1 or text.count(closing) != 1:
-        return False
-    think_end = text.rfind(TAGS.think.closing)
-    in_order = think_end < text.index(opening) < text.index(closing)
-    return in_order and text.rstrip().endswith(closing) and extract_answer(text) != ""
+    is_single = text.count(opening) == text.count(closing) == 1
+    _, _, after_think = text.rpartition(TAGS.think.closing)
+    return is_single and extract_answer(after_think) != "" and text.rstrip().endswith(closing)
 
 
 def paired_queries(text: str) -> bool:

@@ -85,13 +85,19 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def data_encoder(tokenizer) -> Callable[[str], list[int]]:
-    """An encoder for data: a special token spelled out in the text stays text. Thread-safe."""
+    """An encoder for data: a special token spelled out in the text stays text. Thread-safe.
+
+    Raises:
+        ValueError: the tokenizer puts a blank before every text.
+    """
     from tokenizers import Tokenizer
 
     backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
+    if backend.encode("\n", add_special_tokens=False).tokens[0].startswith("\u2581"):
+        raise ValueError("the tokenizer puts a blank before every text, also before documents")
 
     def encode(text: str) -> list[int]:
         return backend.encode(text, add_special_tokens=False).ids
@@ -107,8 +113,11 @@ def prompt_encoder(tokenizer, template: list[tuple[str, str]]) -> Callable[[str]
             roles "system" and "user" go through the tokenizer's chat template, and the text of
             "prefill" opens the assistant's turn.
     Raises:
-        ValueError: `{question}` does not occur exactly once, or there is no chat template.
+        ValueError: `{question}` does not occur exactly once, or there is no chat template, or it
+            refuses the prompt.
     """
+    from jinja2 import TemplateError
+
     is_text = template[0][0] == "text"
     if is_text:
         text = template[0][1]
@@ -118,7 +127,14 @@ def prompt_encoder(tokenizer, template: list[tuple[str, str]]) -> Callable[[str]
         )
     else:
         messages = [{"role": role, "content": text} for role, text in template if role != "prefill"]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:  # such as that of Gemma, which has no system role
+            raise ValueError(
+                f"the chat template refuses this prompt ({error}); use --prompt_file base"
+            ) from None
         text += "".join(prefill for role, prefill in template if role == "prefill")
     if text.count("{question}") != 1:
         raise ValueError("a prompt must contain {question} exactly once")
@@ -205,10 +221,8 @@ class Rollout:
             ready = []
             for episode in islice(source, places):
                 episode.add("prompt", episode.prompt_ids, self.tokenizer.decode(episode.prompt_ids))
-                if episode.queries:
-                    asking.append(episode)
-                else:
-                    ready.append(episode)
+                started = asking if episode.queries else ready
+                started.append(episode)
             for lookup in self._due(lookups, engine_steps, idle=not decoding and not ready):
                 lookups.remove(lookup)
                 ready += self._rejoin(lookup)
@@ -298,10 +312,8 @@ class Rollout:
         queries = [episode.queries[-1] for episode in episodes]
         try:
             results = self.search(queries, self.limits.documents_per_search)
-            blocks = []
-            for episode, passages in zip(episodes, results, strict=True):
-                blocks.append((self._encode_documents(episode, passages), False))
-            return blocks
+            answered = zip(episodes, results, strict=True)
+            return [(self._encode_documents(*pair), False) for pair in answered]
         except BaseException as error:  # a panic of tantivy is not an Exception
             is_silent = isinstance(error, ConnectionError)
             message = repr(error)  # as text: a panic cannot be pickled for other ranks

@@ -7,7 +7,7 @@
     model/                 a Hugging Face folder, written after the last step
     model-best/            the same of the best evaluation, if the run evaluates
 
-Only rank 0 writes here.
+Only rank 0 writes here, but for the checkpoints: every rank writes its shards.
 """
 
 import json
@@ -122,12 +122,16 @@ class RunFolder:
         drop = self.settings["stop_on_collapse"]
         return find_collapse(progress.evaluations, drop, self.settings["collapse_evaluations"])
 
-    def _is_exported(self, progress: Progress) -> bool:
-        wanted = {"model": progress.step}
+    def models(self, progress: Progress) -> dict[str, int]:
+        """The step of each model to export, by its folder's name."""
+        steps = {"model": progress.step}
         best = best_evaluation(progress.evaluations)
         if best is not None:
-            wanted["model-best"] = best["step"]
-        for name, step in wanted.items():
+            steps["model-best"] = best["step"]
+        return steps
+
+    def _is_exported(self, progress: Progress) -> bool:
+        for name, step in self.models(progress).items():
             file = self.path / name / EXPORT_STEP_FILE
             if not file.exists() or file.read_text() != str(step):
                 return False
@@ -147,7 +151,7 @@ class RunFolder:
         for name in ("metrics.jsonl", "trajectories.jsonl"):
             file = self.path / name
             if file.exists():
-                with reraise_corrupt(file):
+                with reraise_corrupt(file, "give another --out"):
                     # What follows the last line end is empty, or a line that was being written.
                     *lines, _ = file.read_text(encoding="utf-8").split("\n")
                     logged = [json.loads(line) for line in lines]
@@ -169,7 +173,7 @@ class RunFolder:
         if self.logger:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(self.path)
+            self.board = SummaryWriter(self.path, purge_step=step + 1)
 
     def log(self, metrics: dict[str, float], episodes: list[Episode]) -> None:
         """Append a step's metrics and some of its episodes, and print the main metrics.

@@ -27,7 +27,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import signals
-from checkpoint import Progress, export, load_checkpoint, newest_checkpoint, save_checkpoint
+from checkpoint import (
+    Progress,
+    create_moments,
+    export,
+    load_checkpoint,
+    newest_checkpoint,
+    save_checkpoint,
+)
 from config import Config, parse_arguments, require_gpu
 from inference import describe_inputs
 from metrics import episode_record, summarize
@@ -314,10 +321,7 @@ class Trainer:
         """Mean log-probability a token of the probe under the policy, once the probe is whole."""
         if len(probe) < signals.PROBE_SIZE:
             return {}
-        episodes = []
-        for sequence in probe:
-            unused = {"log_probs": [0.0] * len(sequence["token_ids"]), "rewards": {"reward": 0.0}}
-            episodes.append(Episode({}, [], **sequence, **unused))
+        episodes = [Episode({}, [], **sequence, rewards={"reward": 0.0}) for sequence in probe]
         batch = make_batch(episodes, 1, self.device)
         log_probs = self.log_probs(self.policy, batch, batch.with_loss())
         return {"log_prob_right": log_probs[batch.action_mask].mean().item()}
@@ -334,7 +338,7 @@ def train(config: Config, out: Path, resume: bool = False, logger: str | None = 
     if dist.get_rank() == 0:
         settings |= describe_inputs(config)
         settings["questions_fingerprint"] = fingerprint(config.questions)
-        if config.eval_every:
+        if config.eval_questions:
             settings["eval_questions_fingerprint"] = fingerprint(config.eval_questions)
     run = RunFolder(out, settings, logger)
     with run.lock(resume):
@@ -350,8 +354,9 @@ def train(config: Config, out: Path, resume: bool = False, logger: str | None = 
         if config.kl_coef > 0:
             reference = load_policy(config.model, cpu_offload=config.cpu_offload, frozen=True)
         trainer = Trainer(config, policy, reference)
+        create_moments(trainer.optimizer, progress.updates)
         if checkpoint is not None:
-            load_checkpoint(checkpoint, policy, trainer.optimizer, progress)
+            load_checkpoint(checkpoint, policy, trainer.optimizer)
         run.begin(progress.step)
         left = range(progress.step, config.steps)
         for _ in tqdm(left, "steps", config.steps, initial=progress.step, disable=trainer.rank > 0):
@@ -365,22 +370,16 @@ def train(config: Config, out: Path, resume: bool = False, logger: str | None = 
 
 def export_models(trainer: Trainer, run: RunFolder, progress: Progress) -> None:
     """Export the model of the last step, and the one with the best evaluation."""
-
-    def write(name: str, step: int) -> None:
-        out = run.path / name
-        parameters = whole_parameters(trainer.policy)
-        export(trainer.policy.lm, parameters, trainer.config.model, out, step)
-        run.print_rank0(f"{name}: {out}, of step {step}")
-
-    write("model", progress.step)
-    best = signals.best_evaluation(progress.evaluations)
-    if best is not None:
-        checkpoint, _ = newest_checkpoint(run.path / "checkpoints", best["step"])
-        if checkpoint is None:
-            run.print_rank0(f"the best checkpoint, of step {best['step']}, is lost: no model-best")
-        else:
+    for name, step in run.models(progress).items():
+        if step != progress.step:
+            checkpoint, _ = newest_checkpoint(run.path / "checkpoints", step)
+            if checkpoint is None:
+                run.print_rank0(f"the best checkpoint, of step {step}, is lost: no {name}")
+                continue
             load_checkpoint(checkpoint, trainer.policy)
-            write("model-best", best["step"])
+        out = run.path / name
+        export(trainer.policy.lm, whole_parameters(trainer.policy), trainer.config.model, out, step)
+        run.print_rank0(f"{name}: {out}, of step {step}")
     run.print_rank0(f"metrics: {run.path / 'metrics.jsonl'}")
 
 
@@ -448,3 +447,4 @@ if __name__ == "__main__":
         main()
     except BaseException as error:
         abort_process(error)
+    dist.destroy_process_group()  # its threads must not outlive the interpreter (pytorch#179291)

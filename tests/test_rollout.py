@@ -504,6 +504,26 @@ def test_special_tokens_in_data_stay_text(tokenizer):
     assert not set(ids) & set(tokenizer.all_special_ids) and tokenizer.decode(ids) == HOSTILE
 
 
+def test_a_chat_template_that_refuses_the_prompt_is_named(tokenizer, monkeypatch):
+    """As Gemma's does: it has no system role."""
+    template = "{{ raise_exception('System role not supported') }}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    with pytest.raises(ValueError, match=r"refuses this prompt .System role.*--prompt_file base"):
+        prompt_encoder(tokenizer, PROMPTS["chat"])
+
+
+@pytest.mark.parametrize("scheme", ["first", "always"])
+def test_a_tokenizer_that_puts_a_blank_before_every_text_is_refused(scheme):
+    """As Llama 2's does: between a query and its documents would be more than two new lines."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE({"\u2581": 0, "\n": 1}, []))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    with pytest.raises(ValueError, match="blank before every text"):
+        data_encoder(PreTrainedTokenizerFast(tokenizer_object=backend))
+
+
 @pytest.mark.parametrize("name", list(PROMPTS))
 def test_prompts(tokenizer, name):
     encode = prompt_encoder(tokenizer, PROMPTS[name])

@@ -34,6 +34,13 @@ def test_two_identical_runs_give_identical_numbers_and_resume_continues_them(wor
     train.train(world, Path("a"), resume=True)
 
 
+def test_cpu_offload_changes_no_number_on_a_cpu(world):
+    for out, cpu_offload in (("a", False), ("b", True)):
+        config = dataclasses.replace(world, cpu_offload=cpu_offload)
+        train.train(steps(config, 1), Path(out))
+    assert model_of("a") == model_of("b")
+
+
 def test_a_run_folder_is_never_overwritten(world):
     train.train(steps(world, 1), Path("a"))
     before = Path("a/metrics.jsonl").read_bytes()
@@ -222,6 +229,14 @@ def test_validation_questions_that_have_changed_are_refused(world):
         train.train(config, Path("a"), resume=True)
 
 
+def test_a_resumed_run_may_evaluate_more_often_or_not_at_all(world):
+    shutil.copy("q.jsonl", "v.jsonl")
+    for step, eval_every in enumerate((0, 1, 0), start=1):
+        config = dataclasses.replace(world, eval_questions="v.jsonl", eval_every=eval_every)
+        train.train(steps(config, step), Path("a"), resume=True)
+    assert ["eval_reward" in row for row in metrics_of("a")] == [False, True, False]
+
+
 def test_a_collapse_stops_the_run_after_its_checkpoint_if_asked(world, monkeypatch, capsys):
     """The learning rate is such that the tiny model forgets at once what it knew."""
     monkeypatch.setattr(train.signals, "PROBE_SIZE", 4)
@@ -267,8 +282,19 @@ def test_no_key_of_the_environment_is_in_a_run_folder(world, monkeypatch, capfd)
     assert "sentinel-" not in "".join(capfd.readouterr())
 
 
+def test_tensorboard_shows_a_step_once_that_was_done_twice(world):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train.train(steps(world, 2), Path("a"), logger="tensorboard")
+    (second,) = Path("a/checkpoints").glob("step_000002-*")
+    shutil.rmtree(second)  # as if the run had died before it was there
+    train.train(steps(world, 2), Path("a"), resume=True, logger="tensorboard")
+    shown = EventAccumulator("a").Reload().Scalars("reward")
+    assert [event.step for event in shown] == [1, 2]
+
+
 def test_a_log_that_is_damaged_is_named(world):
     train.train(steps(world, 1), Path("a"))
     Path("a/metrics.jsonl").write_text(json.dumps({"no": "step"}) + "\n")
-    with pytest.raises(ValueError, match=r"a/metrics\.jsonl: damaged"):
+    with pytest.raises(ValueError, match=r"a/metrics\.jsonl: damaged .*; give another --out"):
         train.train(world, Path("a"), resume=True)

@@ -66,8 +66,8 @@ class BM25:
         ]
 
 
-# How many hits are fetched at most to put ties into corpus order: a word that 300,000 similar
-# passages share would cost seconds otherwise.
+# Once more than so many hits were fetched, no further ties are looked for to put them into corpus
+# order: a word that 300,000 similar passages share would cost seconds.
 MAX_TIES = 1000
 # Two scores closer than 10^-SCORE_DIGITS count as a tie.
 SCORE_DIGITS = 4
@@ -76,7 +76,7 @@ SCORE_DIGITS = 4
 class TantivyBM25:
     """Okapi BM25 (k1 = 1.2, b = 0.75) over title and text with tantivy.
 
-    The index is built from a stream and searched where it lies on disk. Every word is indexed.
+    The index is built from a stream and searched where it lies on disk.
     """
 
     def __init__(self, index):
@@ -91,7 +91,7 @@ class TantivyBM25:
         import tantivy
 
         builder = tantivy.TextAnalyzerBuilder(tantivy.Tokenizer.simple())
-        builder = builder.filter(tantivy.Filter.remove_long(64))
+        builder = builder.filter(tantivy.Filter.remove_long(1000))  # bytes
         return builder.filter(tantivy.Filter.lowercase()).build()
 
     @classmethod

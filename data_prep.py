@@ -32,6 +32,7 @@ from difficulty import level, make_difficulty
 from records import (
     MALFORMED,
     Passage,
+    answer_texts,
     fsync_and_rename,
     parse_passage,
     parse_question,
@@ -138,7 +139,7 @@ def read_lines(files: list[Path]) -> Iterator[tuple[Path, int, bytes]]:
                     for number, line in enumerate(file, 1):
                         yield path, number, line
                         bar.update(bytes_before + raw.tell() - bar.n)
-                except (EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+                except (EOFError, OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
                     raise ValueError(f"{path}: damaged after line {number} ({error})") from None
 
 
@@ -253,7 +254,7 @@ def published_questions(path: Path, dataset: str, aliases: bool = False) -> tupl
                 continue
             # The authors' files say _id, the Hub's say id, and Bamboogle's questions have none.
             name = fields.get("_id", fields.get("id", f"{dataset}-{len(questions) + 1}"))
-            answers = list(fields.get("golden_answers") or [fields["answer"]])
+            answers = answer_texts(fields.get("golden_answers") or fields["answer"])
             if aliases:
                 answers += fields.get("answer_aliases") or []
             question = {"id": name, "question": fields["question"], "answers": answers}

@@ -41,9 +41,13 @@ class Encoder:
     """Texts to unit vectors, with sentence-transformers.
 
     The model's folder says how to pool (BGE: CLS, E5: mean).
+
+    Args:
+        model: folder or hub name.
+        name: by which PROMPTS knows the encoder, where the folder has another one.
     """
 
-    def __init__(self, model: str):
+    def __init__(self, model: str, name: str = ""):
         import torch
         from sentence_transformers import SentenceTransformer
 
@@ -59,13 +63,13 @@ class Encoder:
         if device != "cpu":
             self.model.half()
         for pattern, prompts in PROMPTS.items():
-            known = re.search(pattern, Path(model).name.lower())
+            known = re.search(pattern, (name or Path(model).name).lower())
             if known and not any(self.model.prompts.values()):
                 self.model.prompts = prompts
         self._lock = threading.Lock()  # a fast tokenizer refuses to serve two threads at once
 
     def queries(self, queries: list[str]) -> np.ndarray:
-        """(N, D) float32."""
+        """(N, D) unit vectors."""
         texts = [replace_surrogates(query) for query in queries]
         with self._lock:
             return self.model.encode_query(
@@ -73,7 +77,7 @@ class Encoder:
             )
 
     def passages(self, passages: list[Passage], pool: dict | None = None) -> np.ndarray:
-        """(N, D) float32, by the processes of a sentence-transformers pool where there is one."""
+        """(N, D) unit vectors, by the processes of a sentence-transformers pool if one is given."""
         texts = [f"{passage['title']} {passage['text']}" for passage in passages]
         return self.model.encode_document(
             texts, normalize_embeddings=True, batch_size=64, show_progress_bar=False, pool=pool
@@ -108,14 +112,14 @@ class Dense:
     Args:
         passages: row by row those of the index.
         index: file that faiss wrote.
-        encoder: argument of `Encoder`; the model that made the index.
+        encoder: the one that made the index.
         parameters: of `faiss.ParameterSpace`, such as nprobe=64.
 
     Raises:
         ValueError: names the index and what is wrong: damaged, unknown parameters, other sizes.
     """
 
-    def __init__(self, passages: PassageFile, index: Path, encoder: str, parameters: str = ""):
+    def __init__(self, passages: PassageFile, index: Path, encoder: Encoder, parameters: str = ""):
         import faiss
 
         with reraise_corrupt(index):
@@ -126,8 +130,8 @@ class Dense:
             reason = str(error).splitlines()[-1]
             raise ValueError(f"{index}: faiss refuses {parameters!r}: {reason}") from None
         self.passages = passages
-        self.encoder = Encoder(encoder)
-        dimension = self.encoder.model.get_embedding_dimension()
+        self.encoder = encoder
+        dimension = encoder.model.get_embedding_dimension()
         if (self.index.ntotal, self.index.d) != (len(passages), dimension):
             raise ValueError(
                 f"{index}: {self.index.ntotal} vectors of size {self.index.d}, "
@@ -136,6 +140,8 @@ class Dense:
 
     def search(self, queries: list[str], k: int) -> list[list[Passage]]:
         """The k nearest passages of each query; an approximate index may find fewer."""
+        if not queries:
+            return []
         all_scores, all_rows = self.index.search(self.encoder.queries(queries), k)  # (N, k) each
         results = [[] for _ in queries]
         for result, scores, rows in zip(results, all_scores, all_rows, strict=True):
@@ -165,6 +171,8 @@ def write_vectors(path: Path, passages: PassageFile, encoder: Encoder) -> None:
     partial = path.with_suffix(".partial")
     shape = (len(passages), encoder.model.get_embedding_dimension())
     vectors = np.lib.format.open_memmap(partial, mode="w+", dtype=np.float16, shape=shape)
+    with open(partial, "r+b") as file:  # a full disk is an error here, and a crash later
+        os.posix_fallocate(file.fileno(), 0, os.path.getsize(partial))
     for start in trange(0, len(passages), CHUNK_SIZE, desc="embedding", unit="chunk"):
         rows = range(start, min(start + CHUNK_SIZE, len(passages)))
         vectors[rows.start : rows.stop] = encoder.passages([passages[row] for row in rows], pool)
@@ -191,5 +199,8 @@ def write_faiss(path: Path, vectors_file: Path, factory: str) -> None:
     for start in trange(0, len(vectors), CHUNK_SIZE, desc="indexing", unit="chunk"):
         index.add(vectors[start : start + CHUNK_SIZE].astype(np.float32))
     partial = path.with_suffix(".partial")
-    faiss.write_index(index, str(partial))
+    try:
+        faiss.write_index(index, str(partial))
+    except RuntimeError as error:
+        raise OSError(f"{path}: cannot be written ({str(error).splitlines()[-1]})") from None
     fsync_and_rename(partial, path)

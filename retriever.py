@@ -179,10 +179,13 @@ def build_dense(
     settings = {"kind": "dense", "prebuilt": bool(prebuilt)}
     sources = {"corpus": Path(corpus)}
     if Path(encoder).is_dir():
+        encoder = str(Path(encoder).resolve())  # its name says what goes before a text
         sources["encoder"] = Path(encoder)
     else:
         settings["encoder"] = encoder  # a name on the hub
     header = prepare_folder(out, settings, sources)
+    header.setdefault("encoder_name", Path(encoder).name)
+    opened = Encoder(encoder, header["encoder_name"])
     link(out / "passages.jsonl", corpus)
     if "encoder" in sources:
         link(out / "encoder", encoder)
@@ -195,12 +198,12 @@ def build_dense(
         passages = PassageFile(corpus, rows)
     if not prebuilt:
         if not vectors.exists():
-            write_vectors(vectors, passages, Encoder(encoder))
+            write_vectors(vectors, passages, opened)
         if header.get("factory") != factory or not is_unchanged("index", index, header):
             write_faiss(index, vectors, factory)
             header |= {"factory": factory, **describe_content("index", index, header)}
             write_header(out, header)
-    Dense(passages, Path(prebuilt or index), encoder, parameters)  # refuses what does not match
+    Dense(passages, Path(prebuilt or index), opened, parameters)  # refuses what does not match
     if prebuilt:
         link(index, prebuilt)
     header |= {"parameters": parameters, **describe_content("index", index, header)}
@@ -227,9 +230,10 @@ def open_index(folder: Path) -> Retriever:
         encoder = str(header["encoder"])  # of a local one the SHA-256
         if "encoder_size_and_time" in header:
             encoder = str((folder / "encoder").resolve())
+        name = str(header.get("encoder_name", ""))
         parameters = str(header["parameters"])
         passages = PassageFile(folder / "passages.jsonl", folder / "rows.npy")
-    return Dense(passages, folder / "faiss.index", encoder, parameters)
+    return Dense(passages, folder / "faiss.index", Encoder(encoder, name), parameters)
 
 
 def open_retriever(source: str) -> Retriever:

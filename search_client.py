@@ -68,7 +68,7 @@ def expected_shape(url: str) -> Iterator[None]:
 
 
 class Remote:
-    """A search server. The path of its URL says which one.
+    """A search server. The end of its URL's path says which one.
 
     `/search` is tools/search_server.py's own (and what a URL without a path means), `/queries` is
     R1-Searcher's official server, `/retrieve` is Search-R1's.
@@ -76,7 +76,7 @@ class Remote:
 
     def __init__(self, url: str):
         self.url = url
-        self.path = urlsplit(url).path.rstrip("/")
+        self.path = "/" + urlsplit(url).path.rstrip("/").rpartition("/")[2]
         if self.path not in ("/search", "/queries", "/retrieve"):
             self.url = url.rstrip("/") + "/search"
 

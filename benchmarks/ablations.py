@@ -35,6 +35,7 @@ from records import read_jsonl, write_jsonl, write_text
 from tools.report import parse_step
 
 EVAL_EVERY = 2  # rollout batches between validations
+ON_DOCUMENTS = (Path(__file__).resolve(), "train_on_documents")  # in place of TRAIN
 
 
 @dataclass(frozen=True)
@@ -91,21 +92,6 @@ def train_on_documents(flags: list[str]) -> None:
     train.main(flags)
 
 
-def run_stage(row: Row, stage: int, demo: Path, model: Path, out: Path, options: dict) -> None:
-    """Train one stage, or what is left of it."""
-    learning_rate = PRESETS["demo"][stage]["learning_rate"] * row.learning_rate
-    options = options | {
-        "stage": stage,
-        "steps": row.steps[stage - 1],
-        "learning_rate": learning_rate,
-        "model": model,
-        "eval_every": EVAL_EVERY,
-    }
-    options |= row.both | (row.stage2 if stage == 2 else {})
-    on_documents = (Path(__file__).resolve(), "train_on_documents")
-    run_training(demo, out, options, on_documents if row.trains_on_documents else TRAIN)
-
-
 def kind_of_cpu() -> str:
     """As far as the bits of a run depend on it."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -122,7 +108,17 @@ def run_row(name: str, seed: int, demo: Path, work: Path, log: Path, engine: str
         is_shared = stage == 1 and not row.has_own_stage1
         out = (work / "default" / f"seed{seed}" if is_shared else own) / f"stage{stage}"
         if not (out / "model").exists():
-            run_stage(row, stage, demo, model, out, {"seed": seed, "engine": engine})
+            options = {
+                "seed": seed,
+                "engine": engine,
+                "stage": stage,
+                "steps": row.steps[stage - 1],
+                "learning_rate": PRESETS["demo"][stage]["learning_rate"] * row.learning_rate,
+                "model": model,
+                "eval_every": EVAL_EVERY,
+            }
+            options |= row.both | (row.stage2 if stage == 2 else {})
+            run_training(demo, out, options, ON_DOCUMENTS if row.trains_on_documents else TRAIN)
             shutil.rmtree(out / "checkpoints")
         model = out / "model"
         (log / f"stage{stage}").mkdir(parents=True, exist_ok=True)

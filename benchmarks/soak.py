@@ -43,12 +43,8 @@ BAD_BODIES = [
 HALF_REQUEST = b"POST /search HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"
 
 
-def sample(process: psutil.Process) -> tuple[float, int, int]:
-    """Resident MiB, open files and threads."""
-    return process.memory_info().rss / 2**20, process.num_fds(), process.num_threads()
-
-
 def describe(samples: list[tuple[float, int, int]]) -> dict[str, float]:
+    """Of samples of resident MiB, open files and threads."""
     resident, open_files, threads = zip(*samples, strict=True)
     return {
         "resident_mib_least": round(min(resident)),
@@ -64,7 +60,8 @@ def training(demo: Path, folder: Path) -> Iterator[psutil.Popen]:
     """The demo's stage 2; its output goes to stderr."""
     command = [sys.executable, ROOT / "train.py", "--preset=demo", "--stage=2", "--steps=100000"]
     command += [f"--model={demo}/stage1/model", f"--questions={demo}/train.jsonl"]
-    command += [f"--retriever={demo}/passages.jsonl", f"--out={folder}/run"]
+    command += [f"--retriever={demo}/passages.jsonl", f"--prompt_file={demo}/prompt.txt"]
+    command += [f"--out={folder}/run"]
     process = psutil.Popen(command, stdout=sys.stderr)
     try:
         yield process
@@ -118,7 +115,8 @@ def main(
             time.sleep(max(0.0, begin + len(samples) - time.monotonic()))
             if process.poll() is not None:
                 sys.exit(f"the process ended by itself with status {process.returncode}")
-            samples.append(sample(process))
+            resident = process.memory_info().rss / 2**20
+            samples.append((resident, process.num_fds(), process.num_threads()))
             if len(samples) % 60 == 0:
                 show({"minute": len(samples) // 60} | describe(samples[-60:]), json)
     settled = samples[int(60 * settle) :]

@@ -39,12 +39,13 @@ from train import Trainer, make_batch
 def read_episodes(path: str) -> list[Episode]:
     """Those of trajectories.jsonl, with rewards drawn so that every episode has a gradient."""
     episodes = []
-    for line in Path(path).read_text(encoding="utf-8").splitlines():
-        record = json.loads(line)
-        del record["step"]
-        episode = Episode(**record)
-        episode.rewards["reward"] = random.Random(episode.seed).random()
-        episodes.append(episode)
+    with open(path, encoding="utf-8") as lines:
+        for line in lines:
+            record = json.loads(line)
+            del record["step"]
+            episode = Episode(**record)
+            episode.rewards["reward"] = random.Random(episode.seed).random()
+            episodes.append(episode)
     return episodes
 
 

@@ -56,6 +56,14 @@ def test_a_word_of_half_of_the_passages_finds_these(make_index):
     assert all(passage["score"] > 0 for passage in index.search(["film"], 9)[0])
 
 
+def test_a_word_of_many_bytes_is_found(make_index):
+    """An unbroken run of Chinese characters is a word, of three bytes each."""
+    words = ["\u6e2f" * 22, "\u0436" * 32, "a" * 500]
+    index = make_index([{"id": word, "title": word, "text": ""} for word in words])
+    for word in words:
+        assert found_ids(index, word) == [word]
+
+
 def test_unknown_words_and_no_words_find_nothing(make_index):
     queries = ["zzz", "", "?!"]
     assert make_index(PASSAGES).search(queries, 3) == [[], [], []]

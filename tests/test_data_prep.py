@@ -126,6 +126,14 @@ def test_what_cannot_be_converted_is_refused(tmp_path, capsys):
     archive = source.rename(tmp_path / "source.zip")
     zipped = refused(capsys, "kilt", "--source", archive, "--out", out)
     assert "source.zip: damaged after line 0" in zipped
+    with zipfile.ZipFile(archive, "w") as packed_file:
+        packed_file.writestr("a.jsonl", "{}")
+    encrypted = bytearray(archive.read_bytes())
+    for entry, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        encrypted[encrypted.index(entry) + flags] |= 1
+    archive.write_bytes(encrypted)
+    zipped = refused(capsys, "kilt", "--source", archive, "--out", out)
+    assert "source.zip: damaged after line 0" in zipped and "encrypted" in zipped
     archive.unlink()
     source.write_bytes(gzip.compress(b"\n\n"))
     assert "holds no line" in refused(capsys, *words)
@@ -198,6 +206,8 @@ CSV = '\ufeffQuestion,Answer\n"Who,\nif?",NA\nWho?,007\n'
                                      ("bamboogle-2", "Who?", ["007"])]),
         ("bamboogle", "b.json", '[{"Question": "Q", "Answer": 7}]', [("bamboogle-1", "Q", ["7"])]),
         ("r1-searcher", "r1-searcher.jsonl", jsonl([RELEASED]), [("37", "Which E?", ["yes"])]),
+        ("hotpotqa", "l.jsonl", jsonl([HUB | {"answer": ["A", "B"]}]), [("5", "Q", ["A", "B"])]),
+        ("hotpotqa", "g.jsonl", jsonl([HUB | {"golden_answers": "A B"}]), [("5", "Q", ["A B"])]),
     ],
 )  # fmt: skip
 def test_records_of_each_published_format(tmp_path, format, name, text, expected):

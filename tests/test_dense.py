@@ -115,6 +115,37 @@ def test_the_folder_says_how_to_pool_and_the_name_what_goes_before_a_text(
     np.testing.assert_allclose(found[0], expected[1], atol=1e-5)
 
 
+def test_an_encoder_that_has_moved_still_asks_as_it_was_named(tmp_path, corpus, folder):
+    """Built from a link to it; then the folder gets another name."""
+    link = tmp_path / "link"
+    link.symlink_to(make_encoder(tmp_path / "e5-small", "mean"))
+    build_dense(corpus, folder, str(link))
+    vectors = by_hand(str(link), [f"passage: {text}" for text in TEXTS])
+    np.testing.assert_allclose(np.load(folder / "vectors.npy"), vectors, atol=2e-3)
+    (tmp_path / "e5-small").rename(tmp_path / "moved")
+    (folder / "encoder").unlink()
+    (folder / "encoder").symlink_to(tmp_path / "moved")
+    (found,) = open_retriever(str(folder)).search(["town 7"], 1)
+    query = by_hand(str(tmp_path / "moved"), ["query: town 7"])[0]
+    assert found[0]["score"] == pytest.approx((vectors @ query).max(), abs=2e-3)
+
+
+def test_no_query_has_no_results(encoder, corpus, folder):
+    build_dense(corpus, folder, encoder)
+    assert open_retriever(str(folder)).search([], 3) == []
+
+
+def test_a_disk_that_is_full_is_named(encoder, corpus, folder, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("Error in faiss::FileIOWriter\nwrite error: No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(faiss, "write_index", fail)
+        with pytest.raises(OSError, match=r"faiss\.index: cannot be written .*No space left"):
+            build_dense(corpus, folder, encoder)
+    build_dense(corpus, folder, encoder)
+
+
 def test_what_the_folder_says_wins_over_the_name(tmp_path):
     folder = make_encoder(tmp_path / "e5-base", "mean")
     config = Path(folder, "config_sentence_transformers.json")

@@ -98,6 +98,7 @@ SCORED = PASSAGES[0] | {"score": 2.5}
         ("", BODY, {"results": [[SCORED, PASSAGES[2]], []]}, SCORED),
         ("/search/", BODY, {"results": [[PASSAGES[0]], []]}, PASSAGES[0]),
         ("/queries", BODY, {"answers": [LINES, []]}, PASSAGES[0] | {"id": "Red Harbor"}),
+        ("/wiki/queries", BODY, {"answers": [LINES, []]}, PASSAGES[0] | {"id": "Red Harbor"}),
         (
             "/retrieve",
             SEARCH_R1_BODY,

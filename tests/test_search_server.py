@@ -366,6 +366,7 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(server, index, tmp_path
         ("--port", "0"): "either --index or --web",
         ("--index", missing, "--web", "brave"): "either --index or --web",
         ("--web", "brave", "--control", "random"): "--control needs --index",
+        ("--index", missing, "--rate", "2"): "--rate needs --web",
         ("--index", missing, "--control", "oracle"): "--control oracle and --questions need each",
         ("--index", missing, "--questions", missing): "--control oracle and --questions need each",
         ("--index", str(index), "--control", "random", "--port", "0"): "need a passage file",

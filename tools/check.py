@@ -11,7 +11,6 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +39,7 @@ class Check(Arguments):
     """The command line of train.py, and the node."""
 
     gpus: int = torch.cuda.device_count() or 8  # GPUs of all nodes together
-    gpu_memory_gb: float | None = None  # of one GPU (default: this machine's, else 80)
+    gpu_memory_gb: float | None = None  # of one GPU (default: this machine's, else 85)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -88,24 +87,13 @@ def cache_bytes(shape, tokens: int) -> float:
 class Checks:
     def __init__(self, check: Check):
         self.check, self.config = check, check.config
-        self.model_is_missing = False
+        self.found = None  # the model without storage, once `model` has found it
 
-    @cached_property
+    @property
     def lm(self):
-        """The model without storage."""
-        if self.model_is_missing:
+        if self.found is None:
             raise ValueError("cannot be checked without the model")
-        self.model_is_missing = True  # until it is found: the hub is asked once
-        try:
-            lm = meta_model(self.config.model)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            remedy = "give a model folder, or fetch it: hf download OWNER/NAME"
-            if self.config.model == STAGE_2["model"]:
-                remedy = "train stage 1 first, or give --model"
-            raise ValueError(f"--model {self.config.model}: {reason}; {remedy}") from None
-        self.model_is_missing = False
-        return lm
+        return self.found
 
     @cached_property
     def parameters(self) -> int:
@@ -122,7 +110,16 @@ class Checks:
             ) from None
 
     def model(self) -> str:
-        config, shape = self.config, self.lm.config
+        config = self.config
+        try:
+            self.found = meta_model(config.model)
+        except (OSError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            remedy = "give a model folder, or fetch it: hf download OWNER/NAME"
+            if config.model == STAGE_2["model"]:
+                remedy = "train stage 1 first, or give --model"
+            raise ValueError(f"--model {config.model}: {reason}; {remedy}") from None
+        shape = self.lm.config
         refuse_unsupported(config.model, config.max_context)
         longest = getattr(shape, "max_position_embeddings", config.max_context)
         if longest < config.max_context:
@@ -189,6 +186,7 @@ class Checks:
             memory = self.check.gpu_memory_gb * GB
         elif torch.cuda.is_available():
             memory = torch.cuda.get_device_properties(0).total_memory
+        awake = config.gpu_memory_utilization * memory  # of the whole card, as vLLM takes it
         memory -= RESERVED
         shared, own = training_bytes(self.lm, config, ranks)
         gradients = 4 * self.parameters / ranks  # they are freed before a rollout
@@ -196,7 +194,6 @@ class Checks:
         if config.cpu_offload:
             host = f"; {shared * ranks / GB:.0f} GB of host memory on all nodes together"
             shared = gradients = 0.0
-        awake = config.gpu_memory_utilization * memory
         largest = 2 * self.lm.config.vocab_size * self.lm.config.hidden_size  # on its way to it
         training, rolling_out = shared + own, shared - gradients + awake + largest
         peaks = (
@@ -251,32 +248,23 @@ class Checks:
         return str(out)
 
 
-ORDER: tuple[Callable[[Checks], str], ...] = (
-    Checks.model,
-    Checks.prompt,
-    Checks.training_questions,
-    Checks.validation_questions,
-    Checks.search,
-    Checks.rollout_batch,
-    Checks.memory,
-    Checks.disk,
-    Checks.run_folder,
-)
+ORDER = """
+    model prompt training_questions validation_questions search rollout_batch memory disk run_folder
+""".split()
 
 
 def run_checks(check: Check) -> bool:
     """Print a line for each check; whether all are ok."""
     checks = Checks(check)
     all_ok = True
-    for each in ORDER:
+    for name in ORDER:
         try:
-            verdict, detail = "ok", each(checks)
+            verdict, detail = "ok", getattr(checks, name)()
         except (ValueError, OSError, RuntimeError) as error:
             verdict, detail = "will fail", str(error)
             all_ok = False
-        name = each.__name__.replace("_", " ")
         first, *rest = detail.splitlines()
-        print(f"{verdict:9}  {name:20}  {first}")
+        print(f"{verdict:9}  {name.replace('_', ' '):20}  {first}")
         for line in rest:
             print(f"{'':9}  {'':20}  | {line}")
     return all_ok

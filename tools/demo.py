@@ -111,24 +111,18 @@ ONE_HOP = {
     "town": [("Who is the mayor of {}?", "person"), ("What is {} known for?", "goods")],
 }
 # A two-hop question leads from an entity to a person, and from the person's passage to the answer.
-TWO_HOP = {
-    "company": [
-        ("Who is the founder of {} married to?", "person", "spouse"),
-        ("What does the founder of {} work as?", "person", "trade"),
-        ("Where was the founder of {} born?", "person", "town"),
-    ],
-    "film": [
-        ("Who is the director of the film {} married to?", "person", "spouse"),
-        ("What does the director of the film {} work as?", "person", "trade"),
-        ("Where was the director of the film {} born?", "person", "town"),
-    ],
-    "book": [
-        ("Who is the author of the book {} married to?", "person", "spouse"),
-        ("What does the author of the book {} work as?", "person", "trade"),
-        ("Where was the author of the book {} born?", "person", "town"),
-    ],
-    "person": [],
-    "town": [],
+PERSON_OF = {
+    "company": "the founder of {}",
+    "film": "the director of the film {}",
+    "book": "the author of the book {}",
+}
+TWO_HOP = {"person": [], "town": []} | {
+    kind: [
+        (f"Who is {person} married to?", "person", "spouse"),
+        (f"What does {person} work as?", "person", "trade"),
+        (f"Where was {person} born?", "person", "town"),
+    ]
+    for kind, person in PERSON_OF.items()
 }
 
 # --------------------------------------------------------------------------------------------------

@@ -35,16 +35,6 @@ def parse_step(row: dict) -> dict:
     return {**row, "id": row["step"]}
 
 
-def open_pyplot():
-    """matplotlib's pyplot, for files alone: it needs no display."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
 def draw(axis, rows: list[dict], name: str, previous_steps: int, **style) -> None:
     """Draw one metric of a run, in the steps that have it."""
     points = [(previous_steps + row["id"], row[name]) for row in rows if name in row]
@@ -63,10 +53,12 @@ def plot(
         evaluations: --out folders of evaluate.py run
         out: the PNG
     """
+    from matplotlib.figure import Figure
+
     if not runs:
         raise ValueError("--runs: no run folder is given")
-    pyplot = open_pyplot()
-    figure, axes = pyplot.subplots(2, 4, figsize=(15, 6), sharex=True, constrained_layout=True)
+    figure = Figure(figsize=(15, 6), layout="constrained")
+    axes = figure.subplots(2, 4, sharex=True)
     previous_steps = 0
     for number, folder in enumerate(runs):
         rows = read_jsonl(folder / "metrics.jsonl", parse_step, "metrics")
@@ -165,13 +157,14 @@ def learning(folders: tyro.conf.Positional[list[Path]], out: Path = Path("learni
         folders: what `make demo` filled, with stage1/ and stage2/
         out: the PNG
     """
+    from matplotlib.figure import Figure
+
     if not folders:
         raise ValueError("no folder is given")
     told = learning_table(folders)  # before the picture: a refusal writes nothing
     runs, ends = zip(*map(read_stages, folders), strict=True)
-    pyplot = open_pyplot()
-    size = {"figsize": (15, 3.6), "constrained_layout": True}
-    figure, axes = pyplot.subplots(1, len(LEARNING), sharex=True, sharey=True, **size)
+    figure = Figure(figsize=(15, 3.6), layout="constrained")
+    axes = figure.subplots(1, len(LEARNING), sharex=True, sharey=True)
     for axis, (title, metrics) in zip(axes, LEARNING.items(), strict=True):
         for name, label in metrics.items():
             draw_band(axis, runs, name, label)

@@ -235,6 +235,8 @@ def serve(
     """
     if (index is None) == (web is None):
         raise ValueError("give either --index or --web")
+    if rate is not None and not web:
+        raise ValueError("--rate needs --web")
     if control and web:
         raise ValueError("--control needs --index")
     if (control == "oracle") != bool(questions):

@@ -96,7 +96,10 @@ class WebSearch:
     def search(self, queries: list[str], k: int) -> list[list[Passage]]:
         """The first k hits of each query; raises what `fetch_json` raises."""
         queries = [replace_surrogates(query) for query in queries]
-        return list(self.pool.map(lambda query: self._search_one(query, k), queries))
+        different = list(dict.fromkeys(queries))  # each is paid for once
+        hits = self.pool.map(lambda query: self._search_one(query, k), different)
+        found = dict(zip(different, hits, strict=True))
+        return [found[query] for query in queries]
 
     def _search_one(self, query: str, k: int) -> list[Passage]:
         select = "SELECT hits FROM hits WHERE provider = ? AND query = ? AND k = ?"

@@ -107,7 +107,7 @@ def test_a_rank_computes_on_the_gpu_what_a_cpu_computes(world):
         assert (row[: len(acted)][acted] - expected[:, 0][acted[1:]]).abs().mean() < 0.05
 
 
-@pytest.mark.parametrize("flags", [[], ["--cpu_offload"], ["--kl_coef=0.1"]])
+@pytest.mark.parametrize("flags", [[], ["--cpu_offload", "--kl_coef=0.1"]])
 def test_a_run_trains_and_resumes(world, flags):
     """In processes of their own: only one engine of a process can sleep."""
     for steps in (1, 2):

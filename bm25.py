@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from records import Passage, replace_surrogates, reraise_corrupt
+from records import Passage, replace_surrogates, reraise_corrupt, reraise_unwritten
 
 # Words that a query leaves out unless it has no others. They cost most of a search's time and
 # change recall by less than .01 (RESULTS.md has the measurement). Words that are also names, or
@@ -114,9 +114,11 @@ class TantivyBM25:
             document.add_text("words", f"{passage['title']} {passage['text']}")
             document.add_unsigned("row", row)
             document.add_bytes("passage", json.dumps(passage, ensure_ascii=False).encode())
-            writer.add_document(document)
-        writer.commit()
-        writer.wait_merging_threads()
+            with reraise_unwritten(folder):
+                writer.add_document(document)
+        with reraise_unwritten(folder):
+            writer.commit()
+            writer.wait_merging_threads()
         index.reload()
         return cls(index)
 

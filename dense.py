@@ -19,6 +19,7 @@ from records import (
     parse_passage,
     replace_surrogates,
     reraise_corrupt,
+    reraise_unwritten,
     scan_passages,
 )
 
@@ -199,8 +200,6 @@ def write_faiss(path: Path, vectors_file: Path, factory: str) -> None:
     for start in trange(0, len(vectors), CHUNK_SIZE, desc="indexing", unit="chunk"):
         index.add(vectors[start : start + CHUNK_SIZE].astype(np.float32))
     partial = path.with_suffix(".partial")
-    try:
+    with reraise_unwritten(path):
         faiss.write_index(index, str(partial))
-    except RuntimeError as error:
-        raise OSError(f"{path}: cannot be written ({str(error).splitlines()[-1]})") from None
     fsync_and_rename(partial, path)

@@ -40,7 +40,7 @@ class Row:
     def join(self, index: int, sequence: list[int]) -> "Row":
         """This row with one more sequence, whose start may shorten the common prefix."""
         prefix = common_prefix(self.prefix, sequence)
-        # What leaves the prefix is then in every member's remainder, once in place of the prefix.
+        # What the prefix loses every member's remainder gets; one copy of it was there before.
         copies = (len(self.prefix) - len(prefix)) * (len(self.members) - 1)
         tokens = self.tokens + copies + len(sequence) - len(prefix)
         return Row([*self.members, index], prefix, tokens)

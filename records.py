@@ -74,6 +74,20 @@ def reraise_corrupt(path: str | Path, remedy: str = "build it again") -> Iterato
         ) from None
 
 
+@contextmanager
+def reraise_unwritten(path: str | Path) -> Iterator[None]:
+    """Name the file or folder that a library could not write, as on a full disk.
+
+    Raises:
+        OSError: in place of the library's own error.
+    """
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[-1]
+        raise OSError(f"{path}: cannot be written ({reason})") from None
+
+
 def refuse_to_overwrite(out: Path) -> None:
     """Make the parent folder of a new file.
 
@@ -203,8 +217,9 @@ def fingerprint(path: str | Path, pattern: str = "**/*") -> str:
 def scan_jsonl(
     path: str | Path, parse: Callable[[dict], dict], expected: str
 ) -> Iterator[tuple[int, dict]]:
-    """Stream a JSONL file of any size; memory is 8 bytes a line, and 25 at
-    the end, to see that no `id` occurs twice.
+    """Stream a JSONL file of any size.
+
+    Memory is 8 bytes a line, and 25 at the end, to see that no `id` occurs twice.
 
     Args:
         parse: turns a line's JSON value into a record with an `id`.

@@ -96,7 +96,7 @@ def data_encoder(tokenizer) -> Callable[[str], list[int]]:
     backend.encode_special_tokens = True
     backend.no_truncation()
     backend.no_padding()
-    if backend.encode("\n", add_special_tokens=False).tokens[0].startswith("\u2581"):
+    if backend.encode("\n", add_special_tokens=False).tokens[:1] == ["\u2581"]:
         raise ValueError("the tokenizer puts a blank before every text, also before documents")
 
     def encode(text: str) -> list[int]:

@@ -78,6 +78,28 @@ retriever.build_bm25({str(corpus)!r}, pathlib.Path({str(tmp_path / "index")!r}))
     assert finds_salem(tmp_path / "index")
 
 
+def test_a_full_disk_is_named_and_the_next_call_goes_on(tmp_path):
+    """As far as a limit on the size of files is one."""
+    passages = [{"id": str(i), "title": f"T{i}", "text": f"w{i} " * 9} for i in range(2000)]
+    corpus, out = str(write(tmp_path / "c.jsonl", passages)), tmp_path / "index"
+    program = """
+import resource, signal, sys
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
+import retriever
+retriever.main(sys.argv[1:])
+"""
+    words = ["index", "--kind", "bm25", "--corpus", corpus, "--out", str(out)]
+    command = [sys.executable, "-c", program, *words]
+    result = subprocess.run(
+        command, cwd=Path(__file__).parent.parent, capture_output=True, text=True
+    )
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert f"{out}/tantivy.partial: cannot be written" in result.stderr
+    retriever.main(words)
+    assert open_retriever(str(out)).search(["w7"], 1)[0][0]["id"] == "7"
+
+
 def test_a_folder_of_another_corpus_is_not_written_to(corpus, folder, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_bytes(corpus.read_bytes().replace(b"singer", b"dancer"))  # of the same length

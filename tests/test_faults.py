@@ -312,8 +312,8 @@ def indexes(tmp_path_factory):
     encoder = SimpleNamespace(model=SimpleNamespace(get_embedding_dimension=lambda: 4))
     encoder.passages = lambda passages, pool: np.eye(len(passages), 4, dtype=np.float32)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dense.Encoder", lambda model: encoder)
-        patch.setattr("retriever.Encoder", lambda model: encoder)
+        patch.setattr("dense.Encoder", lambda *_: encoder)
+        patch.setattr("retriever.Encoder", lambda *_: encoder)
         retriever.build_bm25(str(corpus), folder / "bm25")
         retriever.build_dense(str(corpus), folder / "dense", "e")
         yield folder

@@ -35,10 +35,9 @@ from benchmarks.measure import show
 from config import PRESETS, Config
 from packing import pack
 from reinforce_pp import policy_loss
+from tools.check import CARD, RESERVED
 from train import MAX_GRAD_NORM, Trainer
 
-CARD = 80e9  # bytes that a run may use
-WHOLE_CARD = 85e9  # of which vLLM takes its share
 RANKS = (8, 16)
 CONTEXTS = (4096, 8192, 16384, 32768)
 SHAPES = """
@@ -140,7 +139,7 @@ def simulate_row(name: str, ranks: int, context: int, case: str) -> dict:
     # The reference is frozen in bf16, and its passes come before those that train.
     found["reference"] = found["parameters"] / 2 if config.kl_coef > 0 else 0
     found["total"] += found["reference"]
-    found["engine"] = config.gpu_memory_utilization * WHOLE_CARD  # its weights and KV cache
+    found["engine"] = config.gpu_memory_utilization * CARD  # its weights and KV cache
     # In bf16 the largest parameter, on its way to the engine.
     found["rolling_out"] = 2 * vocab_size * hidden_size
     for kind in ("parameters", "optimizer", "reference", "engine"):
@@ -158,7 +157,7 @@ def table(rows: list[dict]) -> str:
         cells = [first["model"], str(first["ranks"]), f"{first['rolling_out']:.0f}"]
         cells.append(f"{first['context']:,}")
         for row in rows[start : start + len(CASES)]:
-            fits = row["total"] < CARD / 1e9
+            fits = row["total"] < (CARD - RESERVED) / 1e9
             cells.append(f"{row['total']:.0f}" if fits else f"({row['total']:.0f})")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

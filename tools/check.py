@@ -45,6 +45,7 @@ class Check(Arguments):
 # --------------------------------------------------------------------------------------------------
 # Memory. The formulas are fitted to the peaks of an update that benchmarks/memory_7b.py simulates.
 
+CARD = 85e9  # bytes of a GPU that is called one of 80 GB; vLLM takes its share of all of them
 RESERVED = 5e9  # bytes of a GPU for CUDA's context, NCCL and what a sleeping engine keeps
 
 
@@ -181,12 +182,12 @@ class Checks:
 
     def gpu_memory(self) -> str:
         config, ranks = self.config, self.check.gpus
-        memory = 85 * GB  # of a card of "80 GB"
+        memory = CARD
         if self.check.gpu_memory_gb is not None:
             memory = self.check.gpu_memory_gb * GB
         elif torch.cuda.is_available():
             memory = torch.cuda.get_device_properties(0).total_memory
-        awake = config.gpu_memory_utilization * memory  # of the whole card, as vLLM takes it
+        awake = config.gpu_memory_utilization * memory
         memory -= RESERVED
         shared, own = training_bytes(self.lm, config, ranks)
         gradients = 4 * self.parameters / ranks  # they are freed before a rollout

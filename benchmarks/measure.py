@@ -38,7 +38,7 @@ def run_training(folder: Path, out: Path, options: dict, script: tuple = TRAIN) 
         "out": out,
     } | options
     flags = [f"--{name}={value}" for name, value in options.items()]
-    status = subprocess.call(torchrun_command(1, *script, "--resume", *flags))
+    status = subprocess.call([sys.executable, *map(str, script), "--resume", *flags])
     if status:
         sys.exit(status)  # the script has said why
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from gradients import make_episodes
 from test_retriever import PASSAGES, write
-from tiny import command, make_world, torchrun
+from tiny import command, launch, make_world
 from torch.profiler import ProfilerActivity, profile
 
 import policy
@@ -234,7 +234,7 @@ def test_soak_of_a_server(tmp_path):
 def test_train_step_on_what_a_run_recorded(model_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = dataclasses.replace(make_world(tmp_path, model_folder), samples_per_prompt=8, steps=2)
-    assert torchrun(1, *command(config, "run")).returncode == 0
+    assert launch(1, *command(config, "run")).returncode == 0
     recorded = ("--episodes", "run/trajectories.jsonl", "--repeats=1")
     facts, ratios = rows_of("train_step.py", "--model", model_folder, *recorded)
     assert facts["episodes"] == 16 and 0 < facts["action_tokens"] < facts["tokens"]
@@ -242,7 +242,21 @@ def test_train_step_on_what_a_run_recorded(model_folder, tmp_path, monkeypatch):
         assert ratios[pair][0] > 0
 
 
-def test_real_questions_from_the_split_to_the_table_and_again(model_folder, tmp_path):
+@pytest.fixture
+def in_forks(monkeypatch):
+    """What a benchmark starts by subprocess.call runs in forks."""
+
+    def call(words: list[str]) -> int:
+        result = launch(1, *words[1:])
+        print(result.stderr, file=sys.stderr)
+        return result.returncode
+
+    monkeypatch.setattr(subprocess, "call", call)
+
+
+def test_real_questions_from_the_split_to_the_table_and_again(
+    model_folder, tmp_path, in_forks, capsys
+):
     """In small: a step of each stage, then the baselines; a second call finds all of it done."""
     data, out = tmp_path / "data", tmp_path / "real"
     data.mkdir()
@@ -250,15 +264,13 @@ def test_real_questions_from_the_split_to_the_table_and_again(model_folder, tmp_
         rows = [{"idx": i, "question": f"who is {i}?", "answer": "b"} for i in range(10)]
         write(data / f"{name}.jsonl", rows)
     write(data / "wiki_passages.jsonl", PASSAGES)
-    options = ("--data", data, "--model", model_folder, "--out", out, "--steps", 1, 1)
-    command = [sys.executable, ROOT / "benchmarks/real_questions.py", *map(str, options)]
-    command += ["--limit", "2", "--eval_every", "1", "--engine", "transformers"]
-    shown = [subprocess.run(command, capture_output=True, text=True) for _ in range(2)]
-    for result in shown:
-        assert result.returncode == 0, result.stderr[-3000:]
-        last = result.stdout.splitlines()[-16:]
-        assert [line for line in last if line.startswith("eval-stage2-search - ")] == last
-    assert shown[0].stdout.splitlines()[-16:] == shown[1].stdout.splitlines()[-16:]
+    options = {"steps": (1, 1), "limit": 2, "eval_every": 1, "engine": "transformers"}
+    tables = []
+    for _ in range(2):
+        real_questions.main(data, Path(model_folder), out, **options)
+        tables.append(capsys.readouterr().out.splitlines()[-16:])
+        assert all(line.startswith("eval-stage2-search - ") for line in tables[-1])
+    assert tables[0] == tables[1]
     assert len((out / "starts.log").read_text().splitlines()) == 2
     names = [question["id"] for share in real_questions.SHARES for question in lines_of(out, share)]
     assert len(set(names)) == 20 and len(lines_of(out, "train")) == 14
@@ -266,7 +278,9 @@ def test_real_questions_from_the_split_to_the_table_and_again(model_folder, tmp_
     assert (out / "curves.png").exists() and (out / "report.html").exists()
 
 
-def test_ablations_from_training_to_the_table(model_folder, tmp_path, monkeypatch, capsys):
+def test_ablations_from_training_to_the_table(
+    model_folder, tmp_path, in_forks, monkeypatch, capsys
+):
     """In small: one seed, a step of each stage; a second call finds all of it done."""
     demo = tmp_path / "demo"
     demo.mkdir()

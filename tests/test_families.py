@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_engine import sampled_log_probs
-from tiny import FAMILIES, command, make_model, make_world, metrics_of, torchrun
+from tiny import FAMILIES, command, launch, make_model, make_world, metrics_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import policy
@@ -50,7 +50,7 @@ def test_a_family_trains_on_one_rank_and_on_two(ranks, family_folder, tmp_path, 
     if ranks == 1:
         train.train(config, Path("a"))
     else:
-        result = torchrun(ranks, *command(config, "a"))
+        result = launch(ranks, *command(config, "a"))
         assert result.returncode == 0, result.stderr[-3000:]
     rows = metrics_of("a")
     assert [row["updates"] for row in rows] == [1, 1]

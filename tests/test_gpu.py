@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from test_engine import run_all, sampled_log_probs
-from tiny import command, metrics_of, torchrun
+from tiny import command, metrics_of
 from transformers import AutoModelForCausalLM
 
 import policy
@@ -24,6 +24,12 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
 ]
+
+
+def torchrun(ranks: int, *words: str) -> subprocess.CompletedProcess:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    command = [sys.executable, *launcher, *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope="module")

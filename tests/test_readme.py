@@ -13,7 +13,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import tyro
-from tiny import torchrun
+from tiny import launch
 from torch.distributed.run import get_args_parser
 
 import config
@@ -131,7 +131,7 @@ def run_line(line: str, model: str) -> None:
         before = model if stage == "1" else "runs/stage1/model"
         train = str(ROOT / words[words.index("train.py")])
         options = ["--stage", stage, *TINY_RUN, *files, "--model", before]
-        result = torchrun(1, train, *options)
+        result = launch(1, train, *options)
         assert result.returncode == 0, result.stderr[-3000:]
     else:
         script, *arguments = words

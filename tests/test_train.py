@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from gradients import make_episodes
-from tiny import command, metrics_of, state_of, torchrun
+from tiny import command, launch, metrics_of, state_of
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -135,7 +135,7 @@ def test_one_rank_and_two_ranks_give_the_same_gradients(case, model_folder, tmp_
     results = []
     for ranks in (1, 2):
         out = tmp_path / f"{ranks}.pt"
-        result = torchrun(ranks, str(HERE / "gradients.py"), model_folder, str(out), case)
+        result = launch(ranks, str(HERE / "gradients.py"), model_folder, str(out), case)
         assert out.exists(), result.stderr[-3000:]
         results.append(torch.load(out, weights_only=True))
     one, two = results
@@ -322,7 +322,7 @@ def test_skipped_updates_in_a_row_stop_the_run_also_across_batches_and_resumes(w
 
 def test_a_gradient_that_is_not_finite_on_one_rank_skips_the_update_on_all(model_folder, tmp_path):
     out = tmp_path / "found.json"
-    result = torchrun(2, str(HERE / "gradients.py"), model_folder, str(out), "nan")
+    result = launch(2, str(HERE / "gradients.py"), model_folder, str(out), "nan")
     assert result.returncode == 0, result.stderr[-3000:]
     expected = {"updates": 0, "skipped_updates": 3, "changed": False}
     assert json.loads(out.read_text()) == [expected] * 2
@@ -636,10 +636,10 @@ def test_a_run_whose_engine_has_other_weights_stops(world, monkeypatch, algorith
 def test_the_real_vllm_on_two_ranks_then_resumed_on_one(world):
     """Two engines, FSDP2 over gloo, resume on another number of ranks, export; they agree."""
     config = dataclasses.replace(world, engine="vllm", steps=2)
-    first = torchrun(2, *command(config, "a"))
+    first = launch(2, *command(config, "a"))
     assert first.returncode == 0, first.stderr[-3000:]
     config = dataclasses.replace(config, steps=3)
-    second = torchrun(1, *command(config, "a", "--resume"))
+    second = launch(1, *command(config, "a", "--resume"))
     assert second.returncode == 0, second.stderr[-3000:]
     rows = metrics_of("a")
     assert [row["step"] for row in rows] == [1, 2, 3]
@@ -672,7 +672,7 @@ def test_the_same_batches_on_one_rank_and_on_two_and_resumed_on_the_other(world)
         if ranks == 1:
             train.train(config, Path(run), resume=True)
         else:
-            result = torchrun(ranks, *command(config, run, "--resume"))
+            result = launch(ranks, *command(config, run, "--resume"))
             assert result.returncode == 0, result.stderr[-3000:]
 
     for ranks in (1, 2):

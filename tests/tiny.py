@@ -2,10 +2,17 @@
 
 import dataclasses
 import json
+import multiprocessing
+import os
 import re
+import runpy
+import socket
 import subprocess
 import sys
+import time
+from multiprocessing import connection
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -14,6 +21,10 @@ import train
 from config import Config
 from reward import PROMPTS
 from rollout import prompt_encoder
+
+# Imports of the libraries take longer than a run of the tiny model.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch.distributed.fsdp", "transformers.models.llama.modeling_llama"])
 
 ASK = " I look.\n<|begin_of_query|> red harbor <|end_of_query|>"
 TELL = "\nIt is b. </think> <answer> b </answer>"
@@ -182,7 +193,38 @@ def command(config: Config, out: str, *flags: str) -> list[str]:
     return [train.__file__, "--preset", "demo", "--stage", "2", "--out", out, *given, *flags]
 
 
-def torchrun(ranks: int, *args: str) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *launcher, *args]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+def launch(ranks: int, *command: str) -> subprocess.CompletedProcess:
+    """Run a script on ranks as torchrun does, in forks of a process that has imported torch.
+
+    The status is that of the first rank that fails; the others are then terminated.
+    """
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    shared = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
+    with TemporaryDirectory() as logs:
+        running = []
+        for rank in range(ranks):
+            own = {"MASTER_ADDR": "127.0.0.1", "RANK": rank, "LOCAL_RANK": rank}
+            environment = dict(os.environ) | {k: str(v) for k, v in (shared | own).items()}
+            running.append(FORKS.Process(target=run_rank, args=(command, environment, logs)))
+            running[-1].start()
+        status, deadline = 0, time.monotonic() + 300
+        while running and not status:
+            assert connection.wait([p.sentinel for p in running], deadline - time.monotonic())
+            status = next((p.exitcode for p in running if p.exitcode), 0)
+            running = [process for process in running if process.is_alive()]
+        for process in running:
+            process.terminate()
+            process.join()
+        stdout, stderr = (Path(logs, name).read_text() for name in ("stdout", "stderr"))
+    return subprocess.CompletedProcess(command, status, stdout, stderr)
+
+
+def run_rank(command: tuple[str, ...], environment: dict[str, str], logs: str) -> None:
+    """Become the script that the command names."""
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+        os.dup2(os.open(Path(logs, name), flags, 0o600), descriptor)
+    os.environ.update(environment)
+    sys.argv = list(command)
+    runpy.run_path(command[0], run_name="__main__")

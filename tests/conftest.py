@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # over a tiny model threads mostly wait
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # without a network it would be asked again and again
 
 import pytest
 

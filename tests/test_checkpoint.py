@@ -137,7 +137,9 @@ def save_or_load(rank: int, ranks: int, action: str) -> None:
 def test_ranks_share_a_parameter_that_has_fewer_rows_than_there_are_ranks(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for ranks, action in [(3, "save"), (2, "load")]:
-        torch.multiprocessing.spawn(save_or_load, (ranks, action), nprocs=ranks)
+        torch.multiprocessing.start_processes(
+            save_or_load, (ranks, action), nprocs=ranks, start_method="forkserver"
+        )
 
 
 def memory_kib(line: str) -> int:

@@ -335,10 +335,7 @@ def test_a_file_of_the_hub_is_asked_for_as_the_library_wants_it(tmp_path, monkey
 @pytest.mark.parametrize(
     "source", ["hf://datasets/o/n/d.json", "hf://datasets/o/n", "hf://", "ftp://o/n"]
 )
-def test_what_the_hub_does_not_give_ends_in_one_line(tmp_path, capsys, monkeypatch, source):
-    import huggingface_hub
-
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+def test_what_the_hub_does_not_give_ends_in_one_line(tmp_path, capsys, source):
     words = ("--format", "hotpotqa", "--source", source, "--out", tmp_path / "q")
     assert source in refused(capsys, "questions", *words)
 

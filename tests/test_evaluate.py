@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from pytest_httpserver import HTTPServer
+from tiny import launch
 from werkzeug import Request, Response
 
 import evaluate
@@ -352,11 +353,11 @@ evaluate.main(sys.argv[2:])
 
 def test_a_run_killed_three_times_ends_with_the_same_files(arguments, tmp_path, capsys):
     evaluate.main([*arguments, f"--out={tmp_path / 'unbroken'}"])
+    script = tmp_path / "killed_after.py"
+    script.write_text(KILLED_AFTER)
     journal = tmp_path / "out" / "answered.jsonl.partial"
     for finished, answers in ((2, 2), (2, 0), (5, 3)):
-        command = [sys.executable, "-c", KILLED_AFTER, str(answers), *arguments]
-        process = subprocess.run(command, cwd=Path(evaluate.__file__).parent)
-        assert process.returncode == -signal.SIGKILL
+        assert launch(1, str(script), str(answers), *arguments).returncode == -signal.SIGKILL
         assert len(read_lines(journal)) == 1 + finished  # the protocol and the answers
         with open(journal, "a") as file:
             file.write('{"id": "q6", "dat')  # a line that was being written

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from policy import gather
+from policy import Policy, gather, whole_parameters
 from records import fingerprint, fsync_and_rename, reraise_corrupt, write_text
 from signals import best_evaluation, note_evaluation
 
@@ -250,12 +250,11 @@ def newest_checkpoint(folder: Path, step: int | None = None) -> tuple[Path | Non
         ValueError: there are checkpoints and none is whole. To begin anew would lose the run's log.
     """
     rank, world = dist.get_rank(), dist.get_world_size()
-    listed: list[Any] = [None]
+    listed = []
     if rank == 0:  # a network file system may show another rank an old folder
         paths = [path for path in list_checkpoints(folder) if step in (None, step_of(path))]
-        listed = [[(path, sorted(path.iterdir())) for path in paths]]
-    dist.broadcast_object_list(listed)
-    (checkpoints,) = listed
+        listed = [(path, sorted(path.iterdir())) for path in paths]
+    checkpoints = gather(listed)[0]
     for path, files in reversed(checkpoints):
         digests = {file.name: fingerprint(file) for file in files[rank::world]}
         if path.name.endswith(combine(digests)):
@@ -283,25 +282,21 @@ def load_checkpoint(
 # Export
 
 
-def export(
-    lm: nn.Module, named_tensors: Iterable[tuple[str, Tensor]], source: str, out: Path, step: int
-) -> None:
+def export(policy: Policy, source: str, out: Path, step: int) -> None:
     """Write a Hugging Face folder that transformers and vLLM load as it is.
 
     The folder appears as a whole or not at all, in place of a model that is there.
 
     Args:
-        lm: the model, for its configuration.
-        named_tensors: its whole parameters; all ranks iterate, since all ranks gather.
         source: the folder or hub name of its tokenizer and generation_config.json.
         step: the step of the run, which the folder notes.
     """
     from transformers import AutoTokenizer, GenerationConfig
     from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 
-    on_rank0 = dist.get_rank() == 0
+    lm, on_rank0 = policy.lm, dist.get_rank() == 0
     state = {}
-    for name, tensor in named_tensors:
+    for name, tensor in whole_parameters(policy):
         if on_rank0:
             state[name] = tensor.cpu()
     partial = out.with_suffix(".partial")

@@ -5,6 +5,7 @@ written into the run's folder.
 """
 
 import argparse
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,23 +13,19 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from engine import ENGINES
+from inference import Inference
 from reinforce_pp import ALGORITHMS
 from reward import REWARDS
-from rollout import Limits
 
 
 @dataclass(frozen=True)
-class Config(Limits):
+class Config(Inference):
     """Everything that decides the numbers of a run; the limits of an episode are in rollout.py."""
 
     model: str = "Qwen/Qwen2.5-7B"  # Hugging Face folder or hub name
     questions: str = "data/stage_1.jsonl"  # training questions (JSONL)
     eval_questions: str = ""  # validation questions (JSONL) for --eval_every
     retriever: str = "data/bm25"  # passage file (JSONL), index folder or URL of a search server
-    prompt_file: str = "base"  # base, chat, or a text file with {question} in it
-    engine: Literal[tuple(ENGINES)] = "vllm"  # inference engine (engine.py)
-    seed: int = 0  # of data order and sampling
     steps: int = 128  # rollout batches
     prompts_per_step: int = 64  # questions in a rollout batch (official scripts)
     samples_per_prompt: int = 16  # episodes per question (paper, section 3.3)
@@ -55,7 +52,12 @@ class Config(Limits):
 
 
 LLAMA = {"model": "meta-llama/Llama-3.1-8B-Instruct", "prompt_file": "chat", "kl_coef": 1e-4}
-STAGE_1 = {"questions": "data/stage_1.jsonl", "reward": "stage1", "steps": 6}  # 350 questions
+STAGE_1 = {  # one pass over 350 questions
+    "questions": "data/stage_1.jsonl",
+    "reward": "stage1",
+    "steps": 6,
+    "save_every": 2,
+}
 STAGE_2 = {  # one pass over 8,148 questions
     "model": "runs/stage1/model",
     "questions": "data/stage_2.jsonl",
@@ -145,7 +147,7 @@ def require_gpu(preset: str) -> None:
     """Raises ValueError if the preset needs a GPU and there is none."""
     if preset != "demo" and not torch.cuda.is_available():
         raise ValueError(
-            f"--preset {preset} trains a 7B model and needs NVIDIA GPUs; "
+            f"--preset {preset} is for NVIDIA GPUs, and PyTorch finds none here; "
             "without one, try: make demo"
         )
 
@@ -162,23 +164,25 @@ def check(config: Config) -> None:
             raise ValueError(f"--{field.name} must be at least {least}")
     for name in ("learning_rate", "clip_eps", "clip_eps_high"):
         value = getattr(config, name)
-        if value is not None and not value > 0:  # NaN is refused too
-            raise ValueError(f"--{name} must be above 0")
+        if value is not None and not 0 < value < math.inf:  # NaN is refused too
+            raise ValueError(f"--{name} must be a number above 0")
     if not 0.01 <= config.temperature <= 2:  # vLLM's limits
         raise ValueError("--temperature must be from 0.01 to 2")
     if not 0 < config.gpu_memory_utilization <= 1:
         raise ValueError("--gpu_memory_utilization must be above 0 and at most 1")
     for name in ("kl_coef", "stop_on_collapse"):
-        if getattr(config, name) < 0:
+        if not getattr(config, name) >= 0:
             raise ValueError(f"--{name} must be at least 0")
     for name in ("sampler_clip", "sampler_mask"):
-        if 0 != getattr(config, name) < 1:
+        if not (getattr(config, name) == 0 or getattr(config, name) >= 1):
             raise ValueError(f"--{name} must be 0 (off) or at least 1")
     if config.samples_per_prompt == 1 and config.algorithm != "reinforce++":
         raise ValueError(
             f"--algorithm {config.algorithm} compares the samples of a prompt: "
             "--samples_per_prompt must be at least 2"
         )
+    if config.kl_mode != "reward" and not config.kl_coef:
+        raise ValueError(f"--kl_mode {config.kl_mode} needs --kl_coef")
     if config.updates_per_rollout > config.prompts_per_step:
         raise ValueError("--updates_per_rollout must be at most --prompts_per_step")
     if config.eval_every and not config.eval_questions:

@@ -36,22 +36,21 @@ def model_fingerprint(model: str) -> str:
 
     try:
         folder = Path(cached_file(model, "config.json")).parent
-    except (OSError, ValueError):
-        raise ValueError(f"{model}: neither a model folder nor a hub model (--model)") from None
+    except (OSError, ValueError) as error:
+        reason = str(error).partition("\n")[0]  # also a gated model, or no network
+        raise ValueError(f"{model}: neither a model folder nor a hub model: {reason}") from None
     return fingerprint(folder) if Path(model).is_dir() else folder.name
 
 
 def describe_inputs(options: Inference) -> dict[str, str | None]:
     """Fingerprints of model, retriever and prompt, of which the options hold only the names."""
     prompt = json.dumps(load_prompt(options.prompt_file))
-    inputs = {
+    source = options.retriever
+    return {
         "model_fingerprint": model_fingerprint(options.model),
-        "retriever_fingerprint": None,
+        "retriever_fingerprint": None if source is None else retriever_fingerprint(source),
         "prompt_fingerprint": hashlib.sha256(prompt.encode()).hexdigest(),
     }
-    if options.retriever is not None:
-        inputs["retriever_fingerprint"] = retriever_fingerprint(options.retriever)
-    return inputs
 
 
 def check_limits(options: Inference) -> None:

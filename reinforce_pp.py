@@ -68,12 +68,10 @@ def returns_to_go(
         (B, T), 0 outside the mask.
     """
     mask = action_mask.to(rewards.dtype)
-    actions_left = mask.flip(1).cumsum(1).flip(1)  # action tokens from here on, this one included
-    last_action = mask * (actions_left == 1)
-    token_rewards = rewards[:, None] * last_action
+    returns = rewards[:, None] * mask  # earned at the last action token, it counts for all
     if kl is not None:
-        token_rewards = token_rewards - kl_coef * kl * mask
-    return token_rewards.flip(1).cumsum(1).flip(1) * mask
+        returns -= (kl_coef * kl * mask).flip(1).cumsum(1).flip(1) * mask
+    return returns
 
 
 def centre(rewards: Tensor) -> Tensor:
@@ -99,9 +97,9 @@ def normalize(returns: Tensor, action_mask: Tensor) -> Tensor:
     mask = action_mask.bool()
     if not mask.any():
         return returns
-    mean = returns[mask].mean()
-    variance = returns[mask].var(correction=0)
-    return (returns - mean) / variance.clamp(min=1e-8).sqrt() * mask
+    shifted = returns - returns[mask][0]  # as in `centre`: equal returns give exactly 0
+    mean, variance = shifted[mask].mean(), shifted[mask].var(correction=0)
+    return (shifted - mean) / variance.clamp(min=1e-8).sqrt() * mask
 
 
 # What --algorithm names: the baseline of Eq. 4, from rewards (groups, samples) to the same shape.

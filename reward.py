@@ -154,10 +154,7 @@ FORMAT_RULES: tuple[Callable[[str], bool], ...] = (
 
 def failed_rule(text: str) -> str | None:
     """Name of the first format rule that `text` breaks, None if the format is right."""
-    for rule in FORMAT_RULES:
-        if not rule(text):
-            return rule.__name__
-    return None
+    return next((rule.__name__ for rule in FORMAT_RULES if not rule(text)), None)
 
 
 def extract_answer(text: str) -> str:
@@ -331,11 +328,9 @@ def score_episode(
     """
     text = "".join(text for kind, text in segments if kind == "policy")
     outcome = Outcome(text, searches, answers, failed_rule(text))
-    scores = {name: outcome.score(name) for name in METRICS}
-    prediction = extract_answer(text)
     return {
         "reward": float(REWARDS[reward](outcome)),
-        **scores,
-        "answer": prediction,
+        **{name: outcome.score(name) for name in METRICS},
+        "answer": extract_answer(text),
         "failed_rule": outcome.failed_rule,
     }

@@ -227,11 +227,13 @@ class Rollout:
                 lookups.remove(lookup)
                 ready += self._rejoin(lookup)
             for episode in ready:
-                if self._submit(last_key + 1, episode):
-                    last_key += 1
-                    decoding[last_key] = episode
-                else:
+                if len(episode.token_ids) >= self.limits.max_context:
+                    episode.finish_reason = "length"
                     yield episode
+                    continue
+                last_key += 1
+                decoding[last_key] = episode
+                self._submit(last_key, episode)
             if not (ready or decoding or asking or lookups):
                 return
             # The engine takes one step; turns that it finished end their episode or ask.
@@ -265,12 +267,9 @@ class Rollout:
             episode.search_failures += failed
         return lookup.episodes
 
-    def _submit(self, key: int, episode: Episode) -> bool:
-        """Hand the episode to the engine; False if its context is full."""
+    def _submit(self, key: int, episode: Episode) -> None:
+        """Hand the episode to the engine."""
         room = self.limits.max_context - len(episode.token_ids)
-        if room < 1:
-            episode.finish_reason = "length"
-            return False
         self.engine.submit(
             key,
             episode.token_ids,
@@ -279,7 +278,6 @@ class Rollout:
             temperature=self.limits.temperature,
             seed=derive_seed(episode.seed, len(episode.queries)),
         )
-        return True
 
     def _absorb(self, episode: Episode, completion: Completion) -> bool:
         """Append the sampled turn; True if it asks a query, else the episode is finished."""

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tqdm import tqdm
 
 from checkpoint import EXPORT_STEP_FILE, Progress, list_checkpoints, newest_checkpoint, step_of
 from config import Config
+from policy import gather
 from records import refuse_changed_settings, reraise_corrupt, write_jsonl, write_text
 from rollout import Episode
 from signals import best_evaluation, find_collapse
@@ -45,6 +47,18 @@ MAY_CHANGE = {
 }
 
 
+def holds_run(path: Path, resume: bool) -> bool:
+    """Whether the folder holds a run; with `resume` it may.
+
+    Raises:
+        ValueError: it does, and `resume` is false.
+    """
+    is_there = any((path / name).exists() for name in ("metrics.jsonl", "checkpoints"))
+    if is_there and not resume:
+        raise ValueError(f"{path}: holds a run already; give --resume to go on, or another --out")
+    return is_there
+
+
 class RunFolder:
     """The files of one run.
 
@@ -58,14 +72,16 @@ class RunFolder:
     def __init__(self, path: Path, settings: dict[str, Any], logger: str | None = None):
         self.path, self.settings, self.logger, self.board = path, settings, logger, None
         self.on_rank0 = dist.get_rank() == 0
+        if self.on_rank0 and logger == "wandb" and find_spec("wandb") is None:
+            raise ValueError("--log wandb needs its package: pip install wandb")
 
     @contextmanager
     def lock(self, resume: bool) -> Iterator[None]:
         """Keep other processes out of the folder.
 
         Raises:
-            ValueError: another process has locked it; it contains a run with other settings; or
-                it contains a run and `resume` is false.
+            ValueError: another process has locked it; it holds a run with other settings; or it
+                holds a run and `resume` is false.
         """
         if not self.on_rank0:
             yield
@@ -85,12 +101,8 @@ class RunFolder:
             file_lock.release()
 
     def _refuse_another_run(self, resume: bool) -> None:
-        if not any((self.path / name).exists() for name in ("metrics.jsonl", "checkpoints")):
+        if not holds_run(self.path, resume):
             return
-        if not resume:
-            raise ValueError(
-                f"{self.path}: holds a run already; give --resume to go on, or another --out"
-            )
         file = self.path / "config.json"
         with reraise_corrupt(file, "give another --out"):
             # A run that was begun before there was an option had its default.
@@ -113,9 +125,8 @@ class RunFolder:
                 "give another --out"
             )
         is_over = progress.step == steps or self.find_collapse(progress) != ""
-        finished = [is_over and self._is_exported(progress)]
-        dist.broadcast_object_list(finished)  # what rank 0 sees
-        return checkpoint, progress, finished[0]
+        finished = gather([is_over and self._is_exported(progress)])[0]  # what rank 0 sees
+        return checkpoint, progress, finished == [True]
 
     def find_collapse(self, progress: Progress) -> str:
         """Why --stop_on_collapse ends the run; empty if it does not."""

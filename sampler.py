@@ -78,12 +78,17 @@ class Sampler:
             episodes += shares[number % self.world][start : start + samples]
         return episodes
 
-    def stop_if_searches_fail(self, episodes: list[Episode]) -> None:
-        """Raises RuntimeError with the retriever's message if too many queries failed."""
+    def stop_if_searches_fail(self, records: list[dict]) -> None:
+        """Raises RuntimeError with the retriever's message if too many queries failed.
+
+        Args:
+            records: of `episode_record`, those of all ranks.
+        """
+        failed = sum(record["search_failures"] for record in records)
+        searches = sum(record["searches"] for record in records)
         recent = self.failed_searches
-        for e in episodes:
-            recent += [True] * e.search_failures + [False] * e.answered
-        considered = max(sum(len(e.queries) for e in episodes), MIN_SEARCHES)
+        recent += [True] * failed + [False] * (searches - failed)
+        considered = max(searches, MIN_SEARCHES)
         del recent[:-considered]
         if sum(recent) > MAX_SEARCH_FAILURES * considered:
             errors = [error for [error] in gather([self.rollout.search_error]) if error]
@@ -111,4 +116,5 @@ class Sampler:
         records = {record["id"]: record for share in gather(answered) for record in share}
         # A sum depends on its order: not that in which episodes finish.
         in_order = [records[question["id"]] for question in self.eval_questions]
+        self.stop_if_searches_fail(in_order)
         return {f"eval_{name}": value for name, value in summarize(in_order).items()}

@@ -48,7 +48,6 @@ from policy import (
     share_cores,
     start_distributed,
     timed,
-    whole_parameters,
 )
 from records import fingerprint, user_errors
 from reinforce_pp import estimate_advantages, kl_estimate, policy_loss, sequence_ratio
@@ -83,7 +82,7 @@ class Batch:
     ref_log_probs: Tensor | None = None  # (B, T); None without a reference model
     kl: Tensor | None = None  # (B, T), k1; None without a reference model
     advantages: Tensor | None = None  # (B, T)
-    has_gradient: list[bool] | None = None  # (B,): false for episodes without any gradient
+    with_gradient: list[int] | None = None  # indices of the episodes that add to the gradient
 
     def with_loss(self) -> list[int]:
         """Indices of the episodes that have a token in `loss_mask`."""
@@ -144,8 +143,7 @@ class Trainer:
         """
         sequences = {i: batch.episodes[i].token_ids for i in chosen}
         micro_batches = plan_micro_batches(sequences, self.config.micro_batch_tokens)
-        missing = -len(micro_batches) % self.world
-        micro_batches += [[] for _ in range(missing)]
+        micro_batches += [[]] * (-len(micro_batches) % self.world)
         return micro_batches[self.rank :: self.world]
 
     def forward(
@@ -157,9 +155,8 @@ class Trainer:
             members = [batch.episodes[i] for i in row]
             sequences.append([(e.token_ids, e.action_mask) for e in members])
         no_action = [[([0], [0])]]  # one token, no action: its gradient is 0
-        inputs = pack(sequences or no_action)
-        for name, tensor in inputs.items():
-            inputs[name] = None if tensor is None else tensor.to(self.device)
+        with self.device:  # where `pack` makes its tensors
+            inputs = pack(sequences or no_action)
         log_probs = model(**inputs, temperature=self.config.temperature)
         order = [i for row in rows for i in row]
         episodes = torch.tensor(order, dtype=torch.long, device=self.device)
@@ -208,23 +205,20 @@ class Trainer:
             config.algorithm, batch.rewards, batch.loss_mask, kl_in_reward, config.kl_coef
         )
         needed = batch.loss_mask if self.reference is not None else batch.advantages != 0
-        batch.has_gradient = needed.any(1).tolist()
+        batch.with_gradient = needed.any(1).nonzero().flatten().tolist()
         if batch.on_policy and config.updates_per_rollout > 1:
             batch.on_policy = False
-            chosen = [i for i, has in enumerate(batch.has_gradient) if has]
-            batch.old_log_probs = self.log_probs(self.policy, batch, chosen)
+            batch.old_log_probs = self.log_probs(self.policy, batch, batch.with_gradient)
         return metrics | signals.of_advantages(batch.rewards, batch.advantages, batch.loss_mask)
 
-    def backward(self, batch: Batch, chosen: list[int]) -> Tensor:
+    def backward(self, batch: Batch, chosen: list[int], action_tokens: Tensor) -> Tensor:
         """Accumulate the gradient of Eq. 8 over the chosen episodes, those of an optimiser step.
 
         Returns:
             number of this rank's tokens where the clip decided.
         """
         config, all_clipped = self.config, torch.zeros((), device=self.device)
-        # On all ranks, and with the tokens of episodes that add nothing to the gradient.
-        action_tokens = batch.loss_mask[chosen].sum().clamp(min=1)
-        plan = self.plan(batch, [i for i in chosen if batch.has_gradient[i]])
+        plan = self.plan(batch, chosen)
         progress_bar = tqdm(plan, "train", unit="micro-batch", leave=False, disable=self.rank > 0)
         for number, rows in enumerate(progress_bar, start=1):
             self.policy.begin_micro_batch(is_last=number == len(plan))
@@ -255,25 +249,26 @@ class Trainer:
         MAX_CONSECUTIVE_SKIPPED in a row no further update is tried.
         """
         config, (groups, samples) = self.config, batch.rewards.shape
+        parts = config.updates_per_rollout
         updates = skipped = 0
         consecutive_skipped = progress.consecutive_skipped
         grad_norms = 0.0
         clipped = torch.zeros((), device=self.device)
         is_trained = torch.zeros_like(batch.loss_mask)
-        for number in range(config.updates_per_rollout):
-            # Every n-th group: the order of the batch is random already.
-            members = range(number, groups, config.updates_per_rollout)
-            chosen = [group * samples + sample for group in members for sample in range(samples)]
+        for number in range(parts):
             if consecutive_skipped == MAX_CONSECUTIVE_SKIPPED:
                 break
-            with_gradient = [i for i in chosen if batch.has_gradient[i]]
-            if not with_gradient:
+            # Every n-th group: the order of the batch is random already.
+            chosen = [i for i in batch.with_gradient if i // samples % parts == number]
+            if not chosen:
                 continue
-            clipped_now = self.backward(batch, chosen)
+            # On all ranks, and with the tokens of episodes that add nothing to the gradient.
+            action_tokens = batch.loss_mask.view(groups, -1)[number::parts].sum()
+            clipped_now = self.backward(batch, chosen, action_tokens)
             grad_norm = self.step(learning_rate(config, progress.updates + updates))
             if math.isfinite(grad_norm):
                 clipped += clipped_now
-                is_trained[with_gradient] = batch.loss_mask[with_gradient]
+                is_trained[chosen] = batch.loss_mask[chosen]
                 grad_norms += grad_norm
                 updates += 1
                 consecutive_skipped = 0
@@ -309,7 +304,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def sampler_gap(self, batch: Batch) -> float:
+    def largest_sampler_gap(self, batch: Batch) -> float:
         """Mean abs(log pi - log pi_sampler) of an episode, the largest of one of each rank."""
         samples = self.config.samples_per_prompt
         chosen = list(range(0, len(batch.episodes), samples))[: self.world]
@@ -378,7 +373,7 @@ def export_models(trainer: Trainer, run: RunFolder, progress: Progress) -> None:
                 continue
             load_checkpoint(checkpoint, trainer.policy)
         out = run.path / name
-        export(trainer.policy.lm, whole_parameters(trainer.policy), trainer.config.model, out, step)
+        export(trainer.policy, trainer.config.model, out, step)
         run.print_rank0(f"{name}: {out}, of step {step}")
     run.print_rank0(f"metrics: {run.path / 'metrics.jsonl'}")
 
@@ -399,13 +394,14 @@ def iterate(sampler: Sampler, trainer: Trainer, run: RunFolder, progress: Progre
     # Score what the policy wrote.
     for e in episodes:
         e.rewards = score_episode(e.segments, e.answered, e.question["answers"], config.reward)
-    metrics |= summarize([episode_record(e) for e in episodes]) | signals.of_episodes(episodes)
-    sampler.stop_if_searches_fail(episodes)
+    records = [episode_record(e) for e in episodes]
+    metrics |= summarize(records) | signals.of_episodes(episodes)
+    sampler.stop_if_searches_fail(records)
 
     # Advantages from rewards (Eqs. 1 to 5), then optimiser steps (Eqs. 6 to 8).
     with timed(metrics, "train"):
         batch = make_batch(episodes, config.samples_per_prompt, trainer.device)
-        sampler.stop_if_engine_differs(trainer.sampler_gap(batch))
+        sampler.stop_if_engine_differs(trainer.largest_sampler_gap(batch))
         metrics |= trainer.compute_advantages(batch)
         metrics |= trainer.update(batch, progress)
     metrics["peak_memory_gib"] = peak_memory_gib()
@@ -428,7 +424,8 @@ def iterate(sampler: Sampler, trainer: Trainer, run: RunFolder, progress: Progre
     # Checkpoint, unless the run has to stop.
     if progress.consecutive_skipped == MAX_CONSECUTIVE_SKIPPED:
         reason = f"{MAX_CONSECUTIVE_SKIPPED} updates in a row had no finite gradient"
-        raise RuntimeError(f"step {step}: {reason}; lower --learning_rate")
+        remedy = "begin anew with a lower --learning_rate and another --out"
+        raise RuntimeError(f"step {step}: {reason}; {remedy}")
     is_due = config.save_every and step % config.save_every == 0
     if step == config.steps or is_due or is_evaluated:
         save_checkpoint(run.path / "checkpoints", trainer.policy, trainer.optimizer, progress)

@@ -67,7 +67,7 @@ def write_gradients(trainer: train.Trainer, batch: train.Batch, out: str) -> Non
     everyone = list(range(len(batch.episodes)))
     trainer.compute_advantages(batch)
     micro_batches = len(trainer.plan(batch, everyone))
-    trainer.backward(batch, everyone)
+    trainer.backward(batch, everyone, batch.loss_mask.sum())
     gradients = {name: p.grad.full_tensor() for name, p in trainer.policy.named_parameters()}
     if dist.get_rank() == 0:
         torch.save({"gradients": gradients, "micro_batches": micro_batches}, out)

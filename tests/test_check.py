@@ -127,7 +127,7 @@ def another_run(folder):
         (changed_index, "search", "build it again"),
         (no_server, "search", "127.0.0.1:9"),
         (little_memory, "memory", "lower --micro_batch_tokens"),
-        (another_run, "run folder", "run holds a run already; give --resume"),
+        (another_run, "run folder", "run: holds a run already; give --resume"),
     ],
 )
 def test_what_does_not(flags, model_folder, tmp_path, capsys, monkeypatch, breaks, name, message):

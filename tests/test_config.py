@@ -22,7 +22,9 @@ def demo(stage, model, *flags):
 def test_the_configuration_has_at_most_36_fields_and_a_comment_on_each():
     names = [field.name for field in dataclasses.fields(Config)]
     assert len(names) <= 36
-    source = (ROOT / "config.py").read_text() + (ROOT / "rollout.py").read_text()
+    source = "".join(
+        (ROOT / f"{name}.py").read_text() for name in ("config", "inference", "rollout")
+    )
     for name in names:
         assert re.search(rf"^    {name}: .*  # \w.*", source, re.M), name
 
@@ -56,7 +58,10 @@ def test_the_presets_hold_the_papers_values():
         (["--temperature", "2.5"], "--temperature"),  # vLLM's highest is 2
         (["--gpu_memory_utilization", "1.5"], "--gpu_memory_utilization"),
         (["--learning_rate", "nan"], "--learning_rate"),
+        (["--learning_rate", "inf"], "--learning_rate"),
         (["--kl_coef", "-1"], "--kl_coef"),
+        (["--kl_coef", "nan"], "--kl_coef"),
+        (["--kl_mode", "k3"], "--kl_mode k3 needs --kl_coef"),
         (["--sampler_clip", "0.5"], "--sampler_clip"),
         (["--max_searches", "-1"], "--max_searches"),
         (["--eval_every", "-1"], "--eval_every"),
@@ -66,6 +71,8 @@ def test_the_presets_hold_the_papers_values():
         (["--clip_eps_high", "0"], "--clip_eps_high"),
         (["--warmup", "-1"], "--warmup"),
         (["--sampler_mask", "0.5"], "--sampler_mask"),
+        (["--sampler_clip", "nan"], "--sampler_clip"),
+        (["--stop_on_collapse", "nan"], "--stop_on_collapse"),
         (["--stop_on_collapse", "-1"], "--stop_on_collapse"),
         (["--stop_on_collapse", "1"], "--eval_every"),
         (["--collapse_evaluations", "0"], "--collapse_evaluations"),

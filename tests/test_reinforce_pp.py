@@ -97,6 +97,15 @@ def test_eq_5_by_hand():
     assert torch.allclose(got, tensor([[0, -1, -1, 0], [0, 2, 0, 0]]) / math.sqrt(2))
 
 
+@given(st.floats(-3, 3, allow_nan=False), st.integers(1, 8))
+def test_eq_5_equal_rewards_give_exactly_zero(reward, groups):
+    """The mean of 2/3 and 2/3 and so on is not 2/3, and the deviation of the rounding not 0."""
+    rewards = torch.full((groups, 8), reward, dtype=torch.double)
+    for algorithm in ALGORITHMS:
+        mask = torch.ones(groups * 8, 5)
+        assert estimate_advantages(algorithm, rewards, mask).abs().max() == 0
+
+
 def test_reinforce_pp_end_to_end_by_hand():
     got = estimate_advantages("reinforce++", tensor([[1.0], [-2.0]]), MASK)
     mean, std = (4 * 1 - 2) / 5, math.sqrt(4 / 5 * 1 + 4 / 5 - (2 / 5) ** 2)

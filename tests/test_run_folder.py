@@ -298,3 +298,10 @@ def test_a_log_that_is_damaged_is_named(world):
     Path("a/metrics.jsonl").write_text(json.dumps({"no": "step"}) + "\n")
     with pytest.raises(ValueError, match=r"a/metrics\.jsonl: damaged .*; give another --out"):
         train.train(world, Path("a"), resume=True)
+
+
+def test_a_logger_that_is_not_installed_is_missed_before_the_models_are_loaded(world, monkeypatch):
+    monkeypatch.setattr("run_folder.find_spec", lambda name: None)
+    monkeypatch.setattr(train, "Sampler", None)
+    with pytest.raises(ValueError, match="pip install wandb"):
+        train.train(world, Path("a"), logger="wandb")

@@ -61,8 +61,8 @@ def gradients_of(trainer, episodes, everyone_has_gradient=False):
     batch = train.make_batch(episodes, trainer.config.samples_per_prompt, CPU)
     trainer.compute_advantages(batch)
     if everyone_has_gradient:
-        batch.has_gradient = [True] * len(episodes)
-    trainer.backward(batch, list(range(len(episodes))))
+        batch.with_gradient = list(range(len(episodes)))
+    trainer.backward(batch, batch.with_gradient, batch.loss_mask.sum())
     return [p.grad.clone() for p in trainer.policy.parameters()], batch
 
 
@@ -105,7 +105,7 @@ def test_leaving_out_what_has_no_gradient_is_exact(plain_trainer):
     """The last group's rewards are equal: not computed, but its tokens are in the denominator."""
     episodes, trainer = make_episodes(3, 3), plain_trainer(algorithm="grpo")
     skipped, batch = gradients_of(trainer, episodes)
-    assert batch.has_gradient == [True] * 6 + [False] * 3
+    assert batch.with_gradient == [0, 1, 2, 3, 4, 5]
     everything, _ = gradients_of(trainer, episodes, everyone_has_gradient=True)
     assert_same(skipped, everything)
 
@@ -155,7 +155,7 @@ def test_broken_off_episodes_leave_normalisation_and_denominator(plain_trainer):
     episodes[4].finish_reason = "bad_query"
     episodes[5].finish_reason = "answer"
     masked, batch = gradients_of(plain_trainer(mask_truncated=True), episodes)
-    assert batch.has_gradient == [True, False, True, True, False, True]
+    assert batch.with_gradient == [0, 2, 3, 5]
     assert_same(masked, expected)
     unmasked, _ = gradients_of(plain_trainer(), episodes)
     assert not torch.allclose(unmasked[0], masked[0], atol=1e-6, rtol=1e-4)
@@ -200,7 +200,7 @@ def test_a_ratio_that_is_no_number_gives_no_gradient(plain_trainer):
     episodes[0].log_probs = [math.nan] * len(episodes[0].log_probs)
     batch = train.make_batch(episodes, 3, CPU)
     trainer.compute_advantages(batch)
-    assert batch.has_gradient == [False, True, True, True, True, True]
+    assert batch.with_gradient == [1, 2, 3, 4, 5]
 
 
 def test_log_prob_right_is_the_mean_over_the_tokens_of_the_probe(
@@ -587,11 +587,10 @@ def test_failures_stop_a_run_by_their_share_of_at_least_20_queries(steps, stops)
     sampler = SimpleNamespace(rollout=rollout, failed_searches=[])
     stopped = []
     for failures, queries in steps:
-        episodes = [Episode({}, [], queries=["q"]) for _ in range(queries)]
-        for episode in episodes[:failures]:
-            episode.search_failures = 1
+        failed = [1] * failures + [0] * (queries - failures)
+        records = [{"searches": 1, "search_failures": number} for number in failed]
         try:
-            Sampler.stop_if_searches_fail(sampler, episodes)
+            Sampler.stop_if_searches_fail(sampler, records)
             stopped.append(False)
         except RuntimeError as error:
             assert str(error).endswith("searches failed: down")
@@ -616,6 +615,20 @@ def test_failed_searches_of_a_small_batch_stop_no_run_and_earn_nothing(world, mo
     assert len(others) == 2
     assert (first["search_failures"], first["search_rate"] > 0) == (1, True)
     assert first["reward"] == 0.5 * first["format_rate"]
+
+
+def test_an_evaluation_without_searches_stops_the_run_and_is_not_kept(world, monkeypatch):
+    """Its score would be that of a model that finds nothing."""
+
+    def all_fail(rollout, encode, questions, reward):
+        rollout.search_error = "down"
+        return [{"id": q["id"], "searches": 1, "search_failures": 1} for q in questions]
+
+    monkeypatch.setattr("sampler.answer_questions", all_fail)
+    config = dataclasses.replace(world, eval_every=2, eval_questions="q.jsonl", save_every=1)
+    with pytest.raises(RuntimeError, match="searches failed: down"):
+        train.train(config, Path("a"))
+    assert checkpoint.newest_checkpoint(Path("a/checkpoints"))[1].step == 1
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "reinforce++"])

@@ -28,6 +28,7 @@ from reinforce_pp import HEAD_CHUNK
 from retriever import open_retriever
 from reward import load_prompt
 from rollout import prompt_encoder
+from run_folder import holds_run
 
 GB = 1e9
 ASKED = 64  # training questions that are searched for
@@ -242,11 +243,8 @@ class Checks:
         return f"{size} free"
 
     def run_folder(self) -> str:
-        out = self.check.out_folder
-        is_there = any((out / name).exists() for name in ("metrics.jsonl", "checkpoints"))
-        if is_there and not self.check.resume:
-            raise ValueError(f"{out} holds a run already; give --resume, or another --out")
-        return str(out)
+        holds_run(self.check.out_folder, self.check.resume)
+        return str(self.check.out_folder)
 
 
 ORDER = """

@@ -33,6 +33,7 @@ from records import (
     MALFORMED,
     Passage,
     answer_texts,
+    content_files,
     fsync_and_rename,
     parse_passage,
     parse_question,
@@ -169,14 +170,11 @@ def make_corpus(source: str, out: Path, format: Literal[tuple(FORMATS)]) -> None
     path = local_file(source)
     if path.resolve() in out.resolve().parents:
         raise ValueError(f"{out}: it is within the source, and would be read as such")
-    files = [path]
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.is_file())
     partial = out.with_name(out.name + ".partial")
     count = 0
     with FileLock(partial, timeout=0):  # refuses a second call that would write the same file
         with open(partial, "w", encoding="utf-8") as file:
-            for passage in convert(files, format):
+            for passage in convert(content_files(path), format):
                 file.write(json.dumps(passage, ensure_ascii=False) + "\n")
                 count += 1
         if count == 0:
@@ -385,7 +383,8 @@ def make_mix(
     for pool, count in counts.items():
         drawn += rng.sample(pools[pool], count)
     rng.shuffle(drawn)
-    write_jsonl(out, drawn)
+    # FlashRAG numbers the questions of each data set from 0.
+    write_jsonl(out, [{**q, "id": f"{q['dataset']}-{q['id']}"} for q in drawn])
     print(f"{out}: {len(drawn)} questions")
 
 

@@ -15,7 +15,6 @@ import json
 import os
 import sys
 from dataclasses import fields
-from itertools import count
 from pathlib import Path
 from typing import Annotated
 
@@ -171,7 +170,6 @@ def read_outputs(path: Path) -> list[dict]:
     Released lines have `answer` (gold), `pred_ans` and `gpt4o_output`; they become like our own,
     with `answers`, `answer` and `judge_reply` (None where an output was not judged).
     """
-    line_numbers = count()  # `read_jsonl` wants unique ids; those of the file may repeat
 
     def parse(record: dict) -> dict:
         record = json.loads(replace_surrogates(json.dumps(record, ensure_ascii=False)))
@@ -186,10 +184,10 @@ def read_outputs(path: Path) -> list[dict]:
         if not record["answers"] or not isinstance(record["dataset"], str):
             raise ValueError("an output without a gold answer, or whose dataset is no string")
         record["question"]  # must exist
-        return {"id": next(line_numbers), "record": record}
+        return record
 
     expected = '{"question", "answers", "answer"} or {"question", "answer", "pred_ans"}'
-    return [line["record"] for line in read_jsonl(path, parse, expected)]
+    return read_jsonl(path, parse, expected, key=None)  # ids may repeat
 
 
 def measure_outputs(outputs: list[dict]) -> dict[str, dict]:
@@ -359,12 +357,10 @@ def judge(
 
 
 def main(argv: list[str] | None = None) -> None:
+    commands = {"run": run, "score": score, "judge": judge}
     with user_errors("evaluate.py"):
         tyro.extras.subcommand_cli_from_dict(
-            {"run": run, "score": score, "judge": judge},
-            description=__doc__,
-            use_underscores=True,
-            args=argv,
+            commands, description=__doc__, use_underscores=True, args=argv
         )
 
 

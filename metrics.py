@@ -103,12 +103,10 @@ def measure_by_dataset(
     records: list[dict], metrics_of: Callable[[dict], dict[str, float]] = record_metrics
 ) -> dict[str, dict]:
     """`measure` of each dataset and, where there are several, of all records as "all"."""
-    results = {}
-    for dataset, own in group_by_dataset(records).items():
-        results[dataset] = measure([metrics_of(record) for record in own])
-    if len(results) > 1:
-        results["all"] = measure([metrics_of(record) for record in records])
-    return results
+    groups = group_by_dataset(records)
+    if len(groups) > 1:
+        groups["all"] = records
+    return {name: measure([metrics_of(record) for record in own]) for name, own in groups.items()}
 
 
 def format_cell(column: str, value: float | list[float] | None) -> str:

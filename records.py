@@ -215,31 +215,32 @@ def fingerprint(path: str | Path, pattern: str = "**/*") -> str:
 
 
 def scan_jsonl(
-    path: str | Path, parse: Callable[[dict], dict], expected: str
+    path: str | Path, parse: Callable[[dict], dict], expected: str, key: str | None = "id"
 ) -> Iterator[tuple[int, dict]]:
     """Stream a JSONL file of any size.
 
-    Memory is 8 bytes a line, and 25 at the end, to see that no `id` occurs twice.
+    Memory is 8 bytes a line, and 25 at the end, to see that no `key` occurs twice.
 
     Args:
-        parse: turns a line's JSON value into a record with an `id`.
+        parse: turns a line's JSON value into a record.
         expected: what a line should hold, for error messages.
+        key: an entry that every record must have and no two share, if there is one.
     Yields:
         The byte at which the line begins, and the record.
 
     Raises:
-        ValueError: names the file, the line and what is wrong: not JSON, not `expected`, an `id`
+        ValueError: names the file, the line and what is wrong: not JSON, not `expected`, a `key`
             for the second time (known only after the last line), or no record at all.
     """
-    # Hash of every line's id; 64 bits: two ids of 29 M collide once in 40,000 files.
-    ids = array("q")
+    # Hash of every line's key; 64 bits: two keys of 29 M collide once in 40,000 files.
+    hashes = array("q")
     begin = records = 0
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if line.strip():
                 try:
                     record = parse(json.loads(line))
-                    ids.append(hash(record["id"]))
+                    hashes.append(hash(record[key] if key else number))
                 except MALFORMED as error:  # cut: the error may quote all of a binary file
                     raise ValueError(
                         f"{path}:{number}: expected {expected}, got {error!r:.200}"
@@ -247,22 +248,23 @@ def scan_jsonl(
                 records += 1
                 yield begin, record
             else:
-                ids.append(hash((number, "blank")))
+                hashes.append(hash((number, "blank")))
             begin += len(line)
     if not records:
         raise ValueError(f"{path}: it holds no {expected}")
-    hashes = np.frombuffer(ids, np.int64)
-    order = hashes.argsort(kind="stable")
-    ordered = hashes[order]
+    order = np.argsort(hashes, kind="stable")
+    ordered = np.asarray(hashes)[order]
     repeated = np.flatnonzero(ordered[1:] == ordered[:-1])
     if len(repeated):
         first, second = order[repeated[0] : repeated[0] + 2] + 1
-        raise ValueError(f"{path}:{second}: the id of line {first} occurs twice")
+        raise ValueError(f"{path}:{second}: the {key} of line {first} occurs twice")
 
 
-def read_jsonl(path: str | Path, parse: Callable[[dict], dict], expected: str) -> list[dict]:
-    """All records of a JSONL file; errors as in `scan_jsonl`."""
-    return [record for _, record in scan_jsonl(path, parse, expected)]
+def read_jsonl(
+    path: str | Path, parse: Callable[[dict], dict], expected: str, key: str | None = "id"
+) -> list[dict]:
+    """All records of a JSONL file; arguments and errors as in `scan_jsonl`."""
+    return [record for _, record in scan_jsonl(path, parse, expected, key)]
 
 
 def replace_surrogates(text: str) -> str:

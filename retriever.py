@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Annotated, Literal, Protocol
+from typing import Literal, Protocol
 
 import tyro
 
@@ -157,8 +157,6 @@ def build_bm25(corpus: str, out: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         partial.mkdir()
         TantivyBM25.build((passage for _, passage in scan_passages(corpus)), partial)
-        header |= describe_content("index", partial, header)
-        write_header(out, header)
         fsync_and_rename(partial, index)
     write_header(out, header | describe_content("index", index, header))
 
@@ -337,11 +335,7 @@ def index_command(
     build_dense(corpus, out, encoder, factory or "Flat", parameters, prebuilt)
 
 
-def search_command(
-    query: tyro.conf.Positional[str],
-    index: str,
-    k: Annotated[int, tyro.conf.arg(aliases=["-k"])] = 5,
-) -> None:
+def search_command(query: tyro.conf.Positional[str], index: str, k: int = 5) -> None:
     """Show the passages of a query.
 
     Args:
@@ -350,7 +344,7 @@ def search_command(
         k: passages to show.
     """
     if k < 1:
-        raise ValueError("-k: at least 1")
+        raise ValueError("--k: at least 1")
     (passages,) = open_retriever(index).search([query], k)
     for passage in passages:
         print(f"{passage['title']}: {passage['text']}")

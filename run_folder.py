@@ -26,8 +26,15 @@ from tqdm import tqdm
 
 from checkpoint import EXPORT_STEP_FILE, Progress, list_checkpoints, newest_checkpoint, step_of
 from config import Config
+from inference import describe_inputs
 from policy import gather
-from records import refuse_changed_settings, reraise_corrupt, write_jsonl, write_text
+from records import (
+    fingerprint,
+    refuse_changed_settings,
+    reraise_corrupt,
+    write_jsonl,
+    write_text,
+)
 from rollout import Episode
 from signals import best_evaluation, find_collapse
 
@@ -59,13 +66,30 @@ def holds_run(path: Path, resume: bool) -> bool:
     return is_there
 
 
+def run_settings(config: Config) -> dict[str, Any]:
+    """What the numbers of a run depend on: its options, and fingerprints of what they name."""
+    settings = asdict(config) | describe_inputs(config)
+    settings["questions_fingerprint"] = fingerprint(config.questions)
+    if config.eval_questions:
+        settings["eval_questions_fingerprint"] = fingerprint(config.eval_questions)
+    return settings
+
+
+def refuse_changed_run(path: Path, settings: dict[str, Any]) -> None:
+    """Raises ValueError if the run in the folder has other settings."""
+    file, remedy = path / "config.json", "give another --out"
+    with reraise_corrupt(file, remedy):
+        # A run that was begun before there was an option had its default.
+        before = asdict(Config()) | json.loads(file.read_text())
+    refuse_changed_settings(file, before, settings, remedy, MAY_CHANGE)
+
+
 class RunFolder:
     """The files of one run.
 
     Args:
         path: the folder.
-        settings: JSON values by name, on which the run's numbers depend: its options, and
-            fingerprints of what they name.
+        settings: those of `run_settings`; ranks other than 0 need no fingerprints.
         logger: "tensorboard" or "wandb", to log there too.
     """
 
@@ -95,19 +119,11 @@ class RunFolder:
         except OSError:
             pass  # a file system without locks
         try:
-            self._refuse_another_run(resume)
+            if holds_run(self.path, resume):
+                refuse_changed_run(self.path, self.settings)
             yield
         finally:
             file_lock.release()
-
-    def _refuse_another_run(self, resume: bool) -> None:
-        if not holds_run(self.path, resume):
-            return
-        file = self.path / "config.json"
-        with reraise_corrupt(file, "give another --out"):
-            # A run that was begun before there was an option had its default.
-            before = asdict(Config()) | json.loads(file.read_text())
-        refuse_changed_settings(file, before, self.settings, "give another --out", MAY_CHANGE)
 
     def find_progress(self, resume: bool) -> tuple[Path | None, Progress, bool]:
         """The checkpoint to go on from, its progress, and whether all models are exported.

@@ -36,7 +36,6 @@ from checkpoint import (
     save_checkpoint,
 )
 from config import Config, parse_arguments, require_gpu
-from inference import describe_inputs
 from metrics import episode_record, summarize
 from packing import pack, plan_micro_batches
 from policy import (
@@ -49,11 +48,11 @@ from policy import (
     start_distributed,
     timed,
 )
-from records import fingerprint, user_errors
+from records import user_errors
 from reinforce_pp import estimate_advantages, kl_estimate, policy_loss, sequence_ratio
 from reward import score_episode
 from rollout import Episode
-from run_folder import RunFolder
+from run_folder import RunFolder, run_settings
 from sampler import Sampler
 
 MAX_GRAD_NORM = 1.0  # OpenRLHF's default, which the official scripts keep
@@ -329,12 +328,7 @@ class Trainer:
 def train(config: Config, out: Path, resume: bool = False, logger: str | None = None) -> None:
     """Run `config.steps` iterations, or what is left of them; export the model to `out`/model."""
     start_distributed()
-    settings = dataclasses.asdict(config)
-    if dist.get_rank() == 0:
-        settings |= describe_inputs(config)
-        settings["questions_fingerprint"] = fingerprint(config.questions)
-        if config.eval_questions:
-            settings["eval_questions_fingerprint"] = fingerprint(config.eval_questions)
+    settings = run_settings(config) if dist.get_rank() == 0 else dataclasses.asdict(config)
     run = RunFolder(out, settings, logger)
     with run.lock(resume):
         checkpoint, progress, finished = run.find_progress(resume)
@@ -416,16 +410,14 @@ def iterate(sampler: Sampler, trainer: Trainer, run: RunFolder, progress: Progre
     progress = progress.after_step(metrics, probe)
 
     # Log.
-    sampled_tokens = batch.action_mask.sum().item()
-    metrics["rollout_tokens_per_second"] = sampled_tokens / metrics["seconds_rollout"]
+    metrics["rollout_tokens_per_second"] = int(batch.action_mask.sum()) / metrics["seconds_rollout"]
     metrics["train_tokens_per_second"] = metrics["trained_tokens"] / metrics["seconds_train"]
     run.log(metrics, episodes[: config.samples_per_prompt])
 
     # Checkpoint, unless the run has to stop.
     if progress.consecutive_skipped == MAX_CONSECUTIVE_SKIPPED:
         reason = f"{MAX_CONSECUTIVE_SKIPPED} updates in a row had no finite gradient"
-        remedy = "begin anew with a lower --learning_rate and another --out"
-        raise RuntimeError(f"step {step}: {reason}; {remedy}")
+        raise RuntimeError(f"step {step}: {reason}; give another --out a lower --learning_rate")
     is_due = config.save_every and step % config.save_every == 0
     if step == config.steps or is_due or is_evaluated:
         save_checkpoint(run.path / "checkpoints", trainer.policy, trainer.optimizer, progress)

@@ -32,7 +32,6 @@ from benchmarks.measure import TRAIN, run_training
 from config import PRESETS
 from evaluate import read_outputs
 from records import read_jsonl, write_jsonl, write_text
-from tools.report import parse_step
 
 EVAL_EVERY = 2  # rollout batches between validations
 ON_DOCUMENTS = (Path(__file__).resolve(), "train_on_documents")  # in place of TRAIN
@@ -102,6 +101,13 @@ def kind_of_cpu() -> str:
 def run_row(name: str, seed: int, demo: Path, work: Path, log: Path, engine: str) -> None:
     """Train and evaluate one row with one seed, and write its logs."""
     row, own, model = ROWS[name], work / name / f"seed{seed}", demo / "model"
+    # A stage that another row has trained may be of another CPU, as may what a killed run has done.
+    others = [log] if row.has_own_stage1 else [log, log.parent.parent / "default" / log.name]
+    cpus = {kind_of_cpu()}
+    for file in [other / "cpu.txt" for other in others]:
+        cpus.update(file.read_text().splitlines() if file.exists() else [])
+    log.mkdir(parents=True, exist_ok=True)
+    write_text(log / "cpu.txt", "\n".join(sorted(cpus)))
     for stage in (1, 2):
         if not row.steps[stage - 1]:
             continue
@@ -125,7 +131,6 @@ def run_row(name: str, seed: int, demo: Path, work: Path, log: Path, engine: str
         for file in ("config.json", "metrics.jsonl"):
             shutil.copy(out / file, log / f"stage{stage}")
     evaluate(demo, model, LOOP, own / "eval", LIMITS | {"engine": engine})
-    write_text(log / "cpu.txt", kind_of_cpu())
     kept = ("id", "dataset", "em", "f1", "searches", "failed_rule")
     outputs = read_outputs(own / "eval" / "transcripts.jsonl")
     write_jsonl(log / "scores.jsonl", [{key: o[key] for key in kept} for o in outputs])
@@ -182,7 +187,7 @@ def read_run(log: Path) -> Run:
         f1.setdefault(score["dataset"], []).append(score["f1"])
     batches = []
     for file in sorted(log.glob("stage?/metrics.jsonl")):
-        batches += read_jsonl(file, parse_step, "metrics")
+        batches += read_jsonl(file, dict, "metrics", key="step")
     format_step = one_hop_step = math.nan
     for number, batch in reversed(list(enumerate(batches, start=1))):
         one_hop = [value for name, value in batch.items() if name.startswith("eval_f1_demo-1hop-")]
@@ -224,7 +229,8 @@ def table(logs: Path = Path("results/ablations"), cpu: str | None = None) -> Non
         logs: folder that `run` filled
         cpu: kind of CPU, as in cpu.txt (default: that of most runs)
     """
-    kinds = {file.parent: file.read_text() for file in logs.glob("*/seed*/cpu.txt")}
+    finished = [file.parent for file in logs.glob("*/seed*/scores.jsonl")]
+    kinds = {log: (log / "cpu.txt").read_text() for log in finished}
     cpu = cpu or max(kinds.values(), key=list(kinds.values()).count, default="no CPU at all")
     rows: dict[str, dict[int, Run]] = {name: {} for name in ROWS}
     for log in sorted(log for log, kind in kinds.items() if kind == cpu):

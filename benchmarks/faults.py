@@ -1,6 +1,6 @@
 """Kill training runs at random moments until they are through; compare them with unbroken ones.
 
-    python benchmarks/faults.py --json
+    python benchmarks/faults.py
 
 Runs of the tests' tiny model with the real vLLM, on one rank and on two, take turns: Reinforce++
 with a reference model, three updates a rollout batch, evaluations, a checkpoint every other step.
@@ -41,6 +41,8 @@ MAX_CALLS = {"rollout": 40, "weight sync": 40, "shard written": 80, "checkpoint 
 MAX_CALLS |= {"checkpoint read": 1, "update": 6}
 RANK_0_ONLY = ("checkpoint written", "checkpoint synced", "old checkpoint removed", "export")
 TRAINING = {
+    "engine": "vllm",
+    "steps": 8,  # with fewer than 6 no checkpoint is removed
     "algorithm": "reinforce++",
     "kl_coef": 1e-3,
     "updates_per_rollout": 3,
@@ -108,13 +110,8 @@ def resume(
     return row | {"ended": False, "equal": logged == unbroken[0][: len(logged)]}
 
 
-def main(
-    kills: int = 24, steps: int = 8, seed: int = 0, engine: str = "vllm", json: bool = False
-) -> None:
-    """Run until there are enough kills, and one at each point: --steps must be at least 6.
-
-    Earlier no checkpoint is removed.
-    """
+def main(kills: int = 24, seed: int = 0) -> None:
+    """Run until there are enough kills, and one at each point."""
     os.environ["OMP_NUM_THREADS"] = "1"
     start_distributed()  # newest_checkpoint asks for the number of ranks
     rng = random.Random(seed)
@@ -124,15 +121,14 @@ def main(
     all_equal = True
     with tempfile.TemporaryDirectory() as folder, chdir(folder):
         make_model(Path("tiny"))
-        world = make_world(Path("."), "tiny")
-        config = dataclasses.replace(world, engine=engine, steps=steps, **TRAINING)
+        config = dataclasses.replace(make_world(Path("."), "tiny"), **TRAINING)
         for ranks in (1, 2):
             begin = time.monotonic()
             status = launch(config, ranks, f"unbroken{ranks}", [], None)
             assert status == 0, Path(f"unbroken{ranks}.log").read_text()
             seconds[ranks] = time.monotonic() - begin
             unbroken[ranks] = results_of(f"unbroken{ranks}")
-            show({"ranks": ranks, "steps": steps, "seconds": round(seconds[ranks], 1)}, json)
+            show({"ranks": ranks, "steps": config.steps, "seconds": round(seconds[ranks], 1)})
         while killed < kills or points:
             runs += 1
             ranks = 1 + runs % 2
@@ -149,8 +145,8 @@ def main(
                     killed += 1
                     points = [point for point in points if point not in fault]
                 all_equal = all_equal and row["equal"]
-                show({"run": runs, "kills": killed} | row, json)
-    show({"name": "all", "kills": killed, "runs": runs, "equal": all_equal}, json)
+                show({"run": runs, "kills": killed} | row)
+    show({"name": "all", "kills": killed, "runs": runs, "equal": all_equal})
     sys.exit(0 if all_equal else 1)
 
 

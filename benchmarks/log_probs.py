@@ -1,10 +1,10 @@
 """`token_log_probs` beside log_softmax of all logits: time, peak memory, values and gradients.
 
-    python benchmarks/log_probs.py --json
+    python benchmarks/log_probs.py
 
 8,192 action tokens, Qwen's vocabulary, hidden size 512, fp32, forward and backward, in turns. The
 straightforward way takes 14 GiB. Memory is the peak above what was resident before. The last line
-of --json has the ratios.
+has the ratios.
 """
 
 import gc
@@ -45,9 +45,8 @@ def measure(function, *inputs: Tensor) -> tuple[float, float, list[Tensor]]:
 
 
 def main(
-    tokens: int = 8192, vocabulary: int = 152_064, hidden: int = 512, repeats: int = 3,
-    json: bool = False,
-) -> None:  # fmt: skip
+    tokens: int = 8192, vocabulary: int = 152_064, hidden: int = 512, repeats: int = 3
+) -> None:
     torch.manual_seed(0)
     head = torch.randn(vocabulary, hidden) / hidden**0.5
     inputs = (torch.randn(tokens, hidden), head, torch.randint(vocabulary, (tokens,)))
@@ -63,9 +62,9 @@ def main(
         for a, b in zip(ours, theirs, strict=True):
             errors.append(float((a - b).abs().max() / b.abs().max()))
         del ours, theirs
-        show(row, json)
+        show(row)
     ratios = {"time": statistics.median(times), "memory": statistics.median(memories)}
-    show({"name": "ratios"} | ratios | {"largest_error": max(errors)}, json)
+    show({"name": "ratios"} | ratios | {"largest_error": max(errors)})
 
 
 if __name__ == "__main__":

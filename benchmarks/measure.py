@@ -43,8 +43,8 @@ def run_training(folder: Path, out: Path, options: dict, script: tuple = TRAIN) 
         sys.exit(status)  # the script has said why
 
 
-def show(row: dict, as_json: bool) -> None:
-    print(json.dumps(row) if as_json else row, flush=True)
+def show(row: dict) -> None:
+    print(json.dumps(row), flush=True)
 
 
 def take_turns(ways: dict[str, Callable[[], int]], repeats: int) -> dict[str, list[float]]:

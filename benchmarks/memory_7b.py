@@ -1,6 +1,6 @@
 """GPU memory of training a 7B model: simulated, not measured.
 
-`python benchmarks/memory_7b.py` prints the table of RESULTS.md, `--json` all categories of bytes.
+`python benchmarks/memory_7b.py` prints all categories of bytes, and to stderr RESULTS.md's table.
 The trainer's own code computes a micro-batch, clips and steps on tensors without storage, in a
 process group that sends nothing, while FSDPMemTracker counts the bytes that are alive. Adam's
 moments and the gradients of earlier micro-batches are there from the start. The operators are the
@@ -163,14 +163,12 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def main(json: bool = False) -> None:
+def main() -> None:
     rows = []
     for setting in tqdm(list(product(MODELS, RANKS, CONTEXTS, CASES))):
         rows.append(simulate_row(*setting))
-        if json:
-            show(rows[-1], json)
-    if not json:
-        print(table(rows))
+        show(rows[-1])
+    print(table(rows), file=sys.stderr)
 
 
 if __name__ == "__main__":

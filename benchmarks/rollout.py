@@ -1,6 +1,6 @@
 """Sampled tokens a second of the search loop, beside its limit and beside one barrier a turn.
 
-    python benchmarks/rollout.py --model demo/stage1/model --json
+    python benchmarks/rollout.py --model demo/stage1/model
 
 Every trajectory has a prompt of its own, turns of drawn lengths and a documents block after every
 turn but the last, all as long as those of the demo. Four ways sample as many tokens in sequences of
@@ -142,7 +142,7 @@ class Workload(VLLMEngine):
         return compare(rates, "ours / bare", "eager / bare", "ours / eager", "ours / barrier")
 
 
-def main(model: str, cells: int = len(GRID), repeats: int = 5, json: bool = False) -> None:
+def main(model: str, cells: int = len(GRID), repeats: int = 5) -> None:
     """Measure the first `cells` settings of the grid."""
     workload = Workload(model)
     workload.draw(8, 1, 0.0)
@@ -152,9 +152,9 @@ def main(model: str, cells: int = len(GRID), repeats: int = 5, json: bool = Fals
         workload.draw(trajectories, searches, latency / 1000)
         name = f"{trajectories} trajectories, {searches} searches, {latency} ms"
         result = workload.measure(repeats)
-        show({"name": name} | result, json)
+        show({"name": name} | result)
         ratios[name] = {key: value for key, value in result.items() if " / " in key}
-    show(ratios, json)
+    show(ratios)
 
 
 if __name__ == "__main__":

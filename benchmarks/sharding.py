@@ -1,6 +1,6 @@
 """Host memory and seconds of two ranks that load a model, and that save and load a checkpoint.
 
-    python benchmarks/sharding.py --json    # 630 M parameters; wants 12 GB of memory, 16 of disk
+    python benchmarks/sharding.py    # 630 M parameters; wants 12 GB of memory, 16 of disk
 
 The model has the shape of Qwen2.5-0.5B, a head of its own and random weights. Every way runs in
 processes of its own, under torchrun:
@@ -13,7 +13,7 @@ Memory is what the ranks hold together beyond what they held before, at their pe
 written a moment before, so that most of it comes from the page cache.
 """
 
-import json as jsonlib
+import json
 import os
 import subprocess
 import sys
@@ -120,7 +120,7 @@ def run_rank(model: str, out: Path, way: str) -> None:
         row["read_s"], _ = timed(load_checkpoint, checkpoint, policy, optimizer)
     if dist.get_rank() == 0:
         rounded = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
-        print(jsonlib.dumps(rounded), flush=True)
+        show(rounded)
     dist.barrier()
     os._exit(0)  # PyTorch's threads may outlive the interpreter (pytorch#179291)
 
@@ -129,14 +129,13 @@ def measure(model: Path, out: Path, way: str, ranks: int) -> dict:
     words = ("--rank_of", way, "--model", model, "--out", out)
     command = torchrun_command(ranks, __file__, *words)
     result = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-    return jsonlib.loads(result.stdout.splitlines()[-1])
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def main(
     ranks: int = 2,
     layers: int = SHAPE["num_hidden_layers"],
     hidden: int = SHAPE["hidden_size"],
-    json: bool = False,
     rank_of: Literal["whole", "sharded"] | None = None,
     model: str = "",
     out: Path = Path("."),
@@ -149,7 +148,7 @@ def main(
         make_model(path / "model", SHAPE | {"num_hidden_layers": layers, "hidden_size": hidden})
         rows = {way: measure(path / "model", path, way, ranks) for way in ("whole", "sharded")}
         for row in rows.values():
-            show(row, json)
+            show(row)
         whole, sharded = rows["whole"], rows["sharded"]
         ratios = {
             "load peak: sharded / whole": sharded["load_peak_gib"] / whole["load_peak_gib"],
@@ -157,7 +156,7 @@ def main(
             "prove and read / plain read": (sharded["prove_whole_s"] + sharded["read_s"])
             / sharded["plain_read_s"],
         }
-        show({"name": "ratios"} | {name: round(value, 3) for name, value in ratios.items()}, json)
+        show({"name": "ratios"} | {name: round(value, 3) for name, value in ratios.items()})
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What grows in a long run: memory, open files and threads of train.py or of the search server.
 
-    python benchmarks/soak.py train --minutes 30 --json         # with what `make demo` made
-    python benchmarks/soak.py serve --minutes 10 --json
+    python benchmarks/soak.py train --minutes 30    # with what `make demo` made
+    python benchmarks/soak.py serve --minutes 10
 
 `train` is the demo's stage 2 with its checkpoints. `serve` is a search server with a BM25 index of
 the demo's passages and 16 clients; a tenth of their requests are malformed, too large or broken
@@ -105,8 +105,10 @@ def send_requests(url: str, queries: list[str], seed: int, stop: threading.Event
 
 def main(
     what: tyro.conf.Positional[Literal["train", "serve"]], minutes: float = 30, settle: float = 5,
-    demo: Path = Path("demo"), json: bool = False,
+    demo: Path = Path("demo"),
 ) -> None:  # fmt: skip
+    if minutes <= settle:
+        sys.exit("soak.py: --minutes must be above --settle")
     start = training if what == "train" else serving
     samples = []
     with tempfile.TemporaryDirectory() as folder, start(demo.resolve(), Path(folder)) as process:
@@ -118,12 +120,12 @@ def main(
             resident = process.memory_info().rss / 2**20
             samples.append((resident, process.num_fds(), process.num_threads()))
             if len(samples) % 60 == 0:
-                show({"minute": len(samples) // 60} | describe(samples[-60:]), json)
+                show({"minute": len(samples) // 60} | describe(samples[-60:]))
     settled = samples[int(60 * settle) :]
     fifth = -(-len(settled) // 5)
     first, last = describe(settled[:fifth]), describe(settled[-fifth:])
     growth = {quantity: round(last[quantity] / first[quantity], 4) for quantity in first}
-    show({"name": "ratios", "what": what} | growth, json)
+    show({"name": "ratios", "what": what} | growth)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Tokens a second of one optimiser step, beside the bare model's forward and backward pass.
 
     python benchmarks/train_step.py --model demo/stage1/model \
-        --episodes demo/stage1/trajectories.jsonl --json
+        --episodes demo/stage1/trajectories.jsonl
 
 The episodes are those that a run of train.py has recorded, all of them in one step. Four ways take
 turns; their tokens are those of the episodes, each with its prompt:
@@ -137,15 +137,15 @@ class Workload:
 
 def main(
     model: str = "demo/stage1/model", episodes: str = "demo/stage1/trajectories.jsonl",
-    micro_batch_tokens: int = 2048, repeats: int = 5, json: bool = False,
+    micro_batch_tokens: int = 2048, repeats: int = 5,
 ) -> None:  # fmt: skip
     workload = Workload(model, read_episodes(episodes), micro_batch_tokens)
     ways = {name: getattr(workload, name) for name in ("step", "unshared", "copying", "bare")}
     take_turns(ways, 1)  # warm up
     times = take_turns(ways, repeats)
     ratios = compare(times, "step / bare", "unshared / bare", "step / copying")
-    show(workload.facts(), json)
-    show({"name": "ratios"} | ratios, json)
+    show(workload.facts())
+    show({"name": "ratios"} | ratios)
 
 
 if __name__ == "__main__":

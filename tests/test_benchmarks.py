@@ -44,7 +44,7 @@ def saved(name: str) -> list[dict]:
 
 def rows_of(script: str, *arguments) -> list[dict]:
     """What a benchmark prints; its last row has the ratios."""
-    words = [sys.executable, ROOT / "benchmarks" / script, "--json", *map(str, arguments)]
+    words = [sys.executable, ROOT / "benchmarks" / script, *map(str, arguments)]
     result = subprocess.run(words, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     rows = [json.loads(line) for line in result.stdout.splitlines()]
@@ -180,7 +180,7 @@ def test_a_script_that_fails_ends_the_benchmark_with_its_line(tmp_path, capfd):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         assert "already in use" in ends_in(search, 2)
     options = {"stage": 1}
-    assert "prompt.txt" in ends_in(lambda: measure.run_training(tmp_path, tmp_path, options), 1)
+    assert "prompt.txt" in ends_in(lambda: measure.run_training(tmp_path, tmp_path, options), 2)
 
 
 def test_retriever(tmp_path):
@@ -302,6 +302,12 @@ def test_ablations_from_training_to_the_table(
     table = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in table[4:]] == ["default", *rows]
     assert table[4].endswith(" | +0.000 (+0.000 to +0.000) | never | never |")
+
+    monkeypatch.setattr(ablations, "kind_of_cpu", lambda: "another")
+    (folders["logs"] / "grpo/seed0/scores.jsonl").unlink()
+    ablations.run(demo, ("grpo",), (0,), **folders, engine="transformers")
+    ablations.table(folders["logs"])  # what two kinds of CPU have trained is compared with nothing
+    assert "| grpo |" not in capsys.readouterr().out
 
 
 def test_the_row_unmasked_trains_on_every_token_after_the_prompt(model_folder, monkeypatch):

@@ -113,6 +113,13 @@ def another_run(folder):
     Path("run/metrics.jsonl").write_text("")
 
 
+def run_with_other_options(folder):
+    Path("run").mkdir()
+    Path("run/metrics.jsonl").write_text("")
+    Path("run/config.json").write_text('{"learning_rate": 1.0}')
+    return ["--resume"]
+
+
 @pytest.mark.parametrize(
     ("breaks", "name", "message"),
     [
@@ -128,6 +135,7 @@ def another_run(folder):
         (no_server, "search", "127.0.0.1:9"),
         (little_memory, "memory", "lower --micro_batch_tokens"),
         (another_run, "run folder", "run: holds a run already; give --resume"),
+        (run_with_other_options, "run folder", "config.json: begun with"),
     ],
 )
 def test_what_does_not(flags, model_folder, tmp_path, capsys, monkeypatch, breaks, name, message):

@@ -457,3 +457,24 @@ def test_other_wrong_calls_of_mix_are_refused(mix, tmp_path, capsys):
     for command in (mix, ["questions", "--format", "hotpotqa", "--source", "none"]):
         assert "there already" in refused(capsys, *command, "--out", tmp_path / "out")
     assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_mix_of_data_sets_that_number_alike_is_one_to_train_on(tmp_path):
+    """As FlashRAG's do; two questions of one id would be refused."""
+    for dataset in ("hotpotqa", "2wiki"):
+        rows = [counted(dataset, n, 5) | {"id": f"train_{n}"} for n in range(3)]
+        (tmp_path / dataset).write_text(jsonl(rows))
+    draws = ("hotpotqa:easy:3", "2wiki:easy:3")
+    files = (tmp_path / "hotpotqa", tmp_path / "2wiki")
+    call("mix", "--draw", *draws, "--questions", *files, "--out", tmp_path / "out")
+    assert len(read_questions(tmp_path / "out")) == 6
+
+
+def test_hidden_files_of_a_corpus_folder_are_left_out(tmp_path):
+    """The hub's downloads leave some."""
+    folder = tmp_path / "corpus"
+    (folder / ".cache").mkdir(parents=True)
+    (folder / ".cache" / ".gitignore").write_text("*")
+    (folder / "part.json").write_text(GOOD_LINES["kilt"])
+    call("kilt", "--source", folder, "--out", tmp_path / "passages")
+    assert len(read_passages(tmp_path / "passages")) == 1

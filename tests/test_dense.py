@@ -320,5 +320,5 @@ def test_the_command_line(encoder, folder, tmp_path, capsys):
     words = ["--corpus", corpus, "--out", str(folder), "--encoder", encoder, "--factory", "HNSW8"]
     main(["index", "--kind", "dense", *words])
     assert (folder / "encoder").resolve() == Path(encoder)
-    main(["search", "--index", str(folder), "town 3 w0 w1 w2 w3", "-k", "1"])
+    main(["search", "--index", str(folder), "town 3 w0 w1 w2 w3", "--k", "1"])
     assert capsys.readouterr().out == "Town 3: w0 w1 w2 w3\n"

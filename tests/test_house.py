@@ -36,15 +36,17 @@ IMPORTS = {
     "metrics": {"reward", "rollout"},
     "inference": {"engine", "metrics", "records", "retriever", "reward", "rollout"},
     "config": {"inference", "reinforce_pp", "reward"},
-    "run_folder": {"checkpoint", "config", "policy", "records", "rollout", "signals"},
+    "run_folder": {
+        "checkpoint", "config", "inference", "policy", "records", "rollout", "signals"
+    },
     "protocol": {"inference", "metrics", "records", "reward"},
     "evaluate": {"answerability", "inference", "metrics", "protocol", "records", "reward"},
     "difficulty": {"inference", "records", "reward", "rollout"},
     "data_prep": {"difficulty", "records", "reward"},
     "sampler": {"config", "inference", "metrics", "policy", "records", "rollout"},
     "train": {
-        "checkpoint", "config", "inference", "metrics", "packing", "policy", "records",
-        "reinforce_pp", "reward", "rollout", "run_folder", "sampler", "signals",
+        "checkpoint", "config", "metrics", "packing", "policy", "records", "reinforce_pp", "reward",
+        "rollout", "run_folder", "sampler", "signals",
     },
 }  # fmt: skip
 

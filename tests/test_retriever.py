@@ -241,7 +241,7 @@ def test_a_file_too_large_for_memory_is_refused_with_the_command_to_run(corpus, 
 def test_the_command_line(corpus, tmp_path, capsys):
     folder = str(tmp_path / "index")
     retriever.main(["index", "--kind", "bm25", "--corpus", str(corpus), "--out", folder])
-    retriever.main(["search", "--index", folder, "laura webb", "-k", "1"])
+    retriever.main(["search", "--index", folder, "laura webb", "--k", "1"])
     assert capsys.readouterr().out == "Laura Webb: A singer born in Salem.\n"
 
 
@@ -253,7 +253,7 @@ DENSE_INDEX = "index --kind dense --out x --corpus good.jsonl --encoder "
     ("command", "message"),
     [
         ("search --index nothing q", "nothing: neither a passage file"),
-        ("search --index good.jsonl q -k 0", "-k: at least 1"),
+        ("search --index good.jsonl q --k 0", "--k: at least 1"),
         (BM25_INDEX + "nothing.jsonl", "nothing.jsonl"),
         (BM25_INDEX + "broken.jsonl", "broken.jsonl:2: expected"),
         (BM25_INDEX + "empty.jsonl", "empty.jsonl: it holds no"),

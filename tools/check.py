@@ -28,7 +28,7 @@ from reinforce_pp import HEAD_CHUNK
 from retriever import open_retriever
 from reward import load_prompt
 from rollout import prompt_encoder
-from run_folder import holds_run
+from run_folder import holds_run, refuse_changed_run, run_settings
 
 GB = 1e9
 ASKED = 64  # training questions that are searched for
@@ -103,13 +103,10 @@ class Checks:
 
     @cached_property
     def questions(self) -> list[dict]:
-        try:
-            return read_questions(self.config.questions)
-        except FileNotFoundError:
-            remedy = "make it with data_prep.py questions"
-            raise ValueError(
-                f"--questions {self.config.questions} is not there; {remedy}"
-            ) from None
+        file = self.config.questions
+        if not Path(file).exists():
+            raise ValueError(f"--questions {file} is not there; make it with data_prep.py")
+        return read_questions(file)
 
     def model(self) -> str:
         config = self.config
@@ -243,8 +240,10 @@ class Checks:
         return f"{size} free"
 
     def run_folder(self) -> str:
-        holds_run(self.check.out_folder, self.check.resume)
-        return str(self.check.out_folder)
+        out = self.check.out_folder
+        if holds_run(out, self.check.resume):
+            refuse_changed_run(out, run_settings(self.config))
+        return str(out)
 
 
 ORDER = """

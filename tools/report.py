@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from evaluate import read_metrics, read_results
 from metrics import episode_record, table
-from records import MALFORMED, read_jsonl, user_errors, write_text
+from records import read_jsonl, reraise_corrupt, user_errors, write_text
 from reward import FORMAT_RULES, TAGS
 from rollout import Episode
 
@@ -30,14 +30,9 @@ PANELS = """
 """.split()
 
 
-def parse_step(row: dict) -> dict:
-    """A line of `metrics.jsonl` by its step; raises KeyError if it has none."""
-    return {**row, "id": row["step"]}
-
-
 def draw(axis, rows: list[dict], name: str, previous_steps: int, **style) -> None:
     """Draw one metric of a run, in the steps that have it."""
-    points = [(previous_steps + row["id"], row[name]) for row in rows if name in row]
+    points = [(previous_steps + row["step"], row[name]) for row in rows if name in row]
     axis.plot(*zip(*points, strict=True) if points else ([], []), **style)
 
 
@@ -61,14 +56,14 @@ def plot(
     axes = figure.subplots(2, 4, sharex=True)
     previous_steps = 0
     for number, folder in enumerate(runs):
-        rows = read_jsonl(folder / "metrics.jsonl", parse_step, "metrics")
+        rows = read_jsonl(folder / "metrics.jsonl", dict, "metrics", key="step")
         color = f"C{number}"
         for name, axis in zip(PANELS, axes.flat, strict=True):
             draw(axis, rows, name, previous_steps, color=color, label=folder.name)
             draw(axis, rows, f"eval_{name}", previous_steps, color=color, marker="o", linestyle=":")
             axis.set_title(name)
             axis.grid(alpha=0.3)
-        previous_steps += rows[-1]["id"]
+        previous_steps += rows[-1]["step"]
     axes[0, 0].legend()
     for axis in axes[1]:
         axis.set_xlabel("rollout batches")
@@ -103,9 +98,9 @@ LEARNING = {
 def read_stages(folder: Path) -> tuple[dict[int, dict], int]:
     """Metrics by rollout batch of a folder of `make demo`, and the batches of its stage 1."""
     files = [folder / stage / "metrics.jsonl" for stage in STAGES]
-    first, second = (read_jsonl(file, parse_step, "metrics") for file in files)
-    end = first[-1]["id"]
-    rows = {row["id"]: row for row in first} | {end + row["id"]: row for row in second}
+    first, second = (read_jsonl(file, dict, "metrics", key="step") for file in files)
+    end = first[-1]["step"]
+    rows = {row["step"]: row for row in first} | {end + row["step"]: row for row in second}
     return rows, end
 
 
@@ -182,13 +177,6 @@ def learning(folders: tyro.conf.Positional[list[Path]], out: Path = Path("learni
 # page: report.html is the template; the data enters it as JSON
 
 
-def parse_json(text: bytes, source: str) -> dict:
-    try:
-        return json.loads(text)
-    except MALFORMED as error:
-        raise ValueError(f"{source}: expected JSON, got {error!r:.200}") from None
-
-
 def read_log(path: Path, limit: float = math.inf) -> tuple[list[dict], int | None]:
     """At most `limit` records of a JSONL file, evenly spread over it, and how many it holds.
 
@@ -205,20 +193,21 @@ def read_log(path: Path, limit: float = math.inf) -> tuple[list[dict], int | Non
     with open(path, "rb") as lines:
         for i, line in enumerate(tqdm(lines, f"reading {path}", total, delay=2)):
             if i in chosen:
-                records.append(parse_json(line, f"{path}:{i + 1}"))
+                with reraise_corrupt(f"{path}:{i + 1}", "leave its folder out"):
+                    records.append(json.loads(line))
     return records, total
 
 
 def read_training(folder: Path, limit: int) -> dict:
     """Configuration, metrics and trajectories of a run folder of train.py."""
-    config = folder / "config.json"
     metrics, _ = read_log(folder / "metrics.jsonl")
     lines, total = read_log(folder / "trajectories.jsonl", limit)
     trajectories = []
     for line in lines:
         step = line.pop("step")
         trajectories.append({"step": step} | episode_record(Episode(**line)))
-    settings = parse_json(config.read_bytes(), str(config))
+    with reraise_corrupt(folder / "config.json", "leave its folder out"):
+        settings = json.loads((folder / "config.json").read_bytes())
     return {"settings": settings, "metrics": metrics, "trajectories": trajectories, "total": total}
 
 
@@ -237,10 +226,9 @@ def read_evaluation(folder: Path, limit: int) -> dict:
 def read_run(folder: Path, limit: int) -> dict:
     """What the page shows of a folder, with at most `limit` of its trajectories."""
     evaluated = (folder / "metrics.json").exists()
-    missing = [name for name in ("config.json", "metrics.jsonl") if not (folder / name).exists()]
-    if missing and not evaluated:
-        names = ", ".join(missing)
-        raise ValueError(f"{folder}: neither an evaluation (metrics.json) nor a run: no {names}")
+    for name in ("config.json", "metrics.jsonl"):
+        if not evaluated and not (folder / name).exists():
+            raise ValueError(f"{folder}: neither an evaluation (metrics.json) nor a run: no {name}")
     try:
         run = read_evaluation(folder, limit) if evaluated else read_training(folder, limit)
         for trajectory in run["trajectories"]:
@@ -291,12 +279,10 @@ def page(runs: tyro.conf.Positional[list[Path]], out: Path, max_trajectories: in
 
 
 def main(argv: list[str] | None = None) -> None:
+    commands = {"plot": plot, "learning": learning, "page": page}
     with user_errors("report.py"):
         tyro.extras.subcommand_cli_from_dict(
-            {"plot": plot, "learning": learning, "page": page},
-            description=__doc__,
-            use_underscores=True,
-            args=argv,
+            commands, description=__doc__, use_underscores=True, args=argv
         )
 
 

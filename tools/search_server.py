@@ -126,11 +126,9 @@ def format_documents(passages: list[Passage], return_scores: bool) -> list[dict]
     hits = []
     for passage in passages:
         contents = f'"{passage["title"]}"\n{passage["text"]}'
-        hit = {
-            "document": {"id": passage["id"], "contents": contents},
-            "score": passage.get("score"),
-        }
-        hits.append(hit if return_scores else hit["document"])
+        document = {"id": passage["id"], "contents": contents}
+        scored = {"document": document, "score": passage.get("score")}
+        hits.append(scored if return_scores else document)
     return hits
 
 

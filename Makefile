@@ -3,6 +3,7 @@
 # make test   set up, run the tests
 # make test-gpu   of the tests, those that need a GPU
 # make lint   set up, check style
+# make install   set up
 
 SEED ?= 0
 STEPS_1 ?= 6
@@ -12,6 +13,8 @@ PYTHON ?= python3
 
 BIN := .venv/bin
 REQUIREMENTS := $(shell nvidia-smi -L 2>/dev/null | grep -q GPU && echo requirements.txt || echo requirements-cpu.txt)
+# By its name, so that a GPU node does not take what a machine without one has installed in a shared folder.
+INSTALLED := .venv/installed-$(REQUIREMENTS)
 TORCH_CPU := https://download.pytorch.org/whl/cpu
 
 DEMO := demo$(if $(filter-out 0,$(SEED)),-seed$(SEED))
@@ -21,10 +24,10 @@ TRAIN = $(BIN)/torchrun --standalone --nproc-per-node 1 train.py --preset demo -
 QUESTIONS := --questions $(DEMO)/train.jsonl --eval_questions $(DEMO)/validation.jsonl
 EVALUATE = $(BIN)/python evaluate.py run --questions $(DEMO)/heldout.jsonl $(LIMITS)
 
-.PHONY: demo demo-2hop test test-gpu lint
+.PHONY: demo demo-2hop test test-gpu lint install
 .DELETE_ON_ERROR:
 
-demo: .venv/installed
+demo: $(INSTALLED)
 	$(BIN)/python tools/demo.py --out $(DEMO) --seed $(SEED)
 	$(EVALUATE) $(DATA) --model $(DEMO)/model --out $(DEMO)/eval-untrained
 	$(TRAIN) $(DATA) $(QUESTIONS) --stage 1 --steps $(STEPS_1) --model $(DEMO)/model --out $(DEMO)/stage1
@@ -51,21 +54,23 @@ demo-2hop: demo
 	$(BIN)/python tools/report.py learning $(DEMO_2HOP) --out $(DEMO_2HOP)/learning.png
 
 # Not in parallel on a GPU: engines share it.
-test: .venv/installed
+test: $(INSTALLED)
 	$(BIN)/python -m pytest tests/test_house.py
 	$(BIN)/python -m pytest --ignore tests/test_house.py $(if $(findstring cpu,$(REQUIREMENTS)),-n 2 --dist loadfile)
 
-test-gpu: .venv/installed
+test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu
 
-lint: .venv/installed
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+install: $(INSTALLED)
+
 # The configured indexes first, PyTorch's own CPU index only if they lack the CPU build. vLLM brings the torch companions
 # along; text models do not use them, and where they come from another build than torch they break its import.
-.venv/installed: $(REQUIREMENTS) requirements-dev.txt
-	$(PYTHON) -m venv .venv
+$(INSTALLED): $(REQUIREMENTS) requirements-dev.txt
+	$(PYTHON) -m venv --clear .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -r $(REQUIREMENTS) -r requirements-dev.txt || \
 		$(BIN)/python -m pip install --quiet --extra-index-url $(TORCH_CPU) -r $(REQUIREMENTS) -r requirements-dev.txt

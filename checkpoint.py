@@ -139,7 +139,7 @@ def training_state(
 ) -> dict[str, Shard]:
     """This rank's shards of parameters, and of Adam's moments if its optimiser is given.
 
-    They stand in memory as they are: what is read into them is trained on.
+    They are views of the tensors that are trained, no copies: writing to them changes the model.
     """
     state = {}
     for name, parameter in policy.named_parameters():

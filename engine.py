@@ -25,8 +25,8 @@ class Engine(Protocol):
 
     `submit` takes a sequence under a key of the caller's; `step` works on the submitted sequences,
     on one or on many at once, and returns those that ended; `load_weights` takes (Hugging Face
-    name, whole tensor) pairs. Between `sleep` and `wake_up` the engine holds no GPU memory; after
-    `wake_up` its weights are undefined, and it is awake when `load_weights` has returned.
+    name, whole tensor) pairs. Between `sleep` and `wake_up` the engine holds no GPU memory, and
+    `wake_up` only reserves it: the engine can generate once `load_weights` has returned.
     """
 
     def submit(

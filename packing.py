@@ -40,7 +40,7 @@ class Row:
     def join(self, index: int, sequence: list[int]) -> "Row":
         """This row with one more sequence, whose start may shorten the common prefix."""
         prefix = common_prefix(self.prefix, sequence)
-        # What the prefix loses every member's remainder gets; one copy of it was there before.
+        # Tokens that leave the prefix are stored once per member; the prefix held one copy.
         copies = (len(self.prefix) - len(prefix)) * (len(self.members) - 1)
         tokens = self.tokens + copies + len(sequence) - len(prefix)
         return Row([*self.members, index], prefix, tokens)

@@ -48,9 +48,9 @@ def start_distributed() -> None:
 
 
 def share_cores() -> None:
-    """Give every rank its part of the cores where there are GPUs: by then each has one thread.
+    """Divide a GPU node's cores among its ranks, which torchrun and vLLM limit to one thread each.
 
-    torchrun and vLLM set it. What is left to the CPU there: packing, loading, offloaded Adam.
+    Packing, loading and offloaded Adam run on the CPU there, too.
     """
     if torch.cuda.is_available():
         cores = len(os.sched_getaffinity(0))

@@ -133,7 +133,7 @@ def no_documents(text: str) -> bool:
 
 
 def short_answer(text: str) -> bool:
-    """The answer has at most ten words, as the metrics count words: a list farms no cover-EM."""
+    """The answer has at most ten words, as the metrics count them: no list of guesses."""
     return len(normalize(extract_answer(text)).split()) <= MAX_ANSWER_WORDS
 
 

@@ -195,10 +195,9 @@ class Rollout:
         self.tags, self.limits, self.deterministic = tags, limits, deterministic
         self.search_error = ""  # the latest one, for the message that stops a run
         self._encode = data_encoder(tokenizer)
-        # The tokens of a documents block lie within its first so many characters, since no token is
-        # longer than the longest of the vocabulary. Only these are tokenised: a passage of
-        # megabytes would take seconds. The cut changes the word that it hits, but this word lies
-        # behind the budget anyway.
+        # Only so many characters of a documents block are tokenised: its budget of tokens, each as
+        # long as the longest of the vocabulary, covers no more, and a passage of megabytes would
+        # take seconds. The cut changes the word that it hits, which lies behind the budget anyway.
         longest_token = max(map(len, tokenizer.get_vocab()))
         self._max_document_characters = limits.max_document_tokens * longest_token
         self._pool = ThreadPoolExecutor(MAX_CONCURRENT_SEARCHES, thread_name_prefix="search")
@@ -332,8 +331,8 @@ class Rollout:
     def _encode_documents(self, episode: Episode, passages: list[dict[str, str]]) -> list[int]:
         r"""`\n\n<tag>\n(1)title   text\n ...\n<tag>`, cut to the token budget and the context.
 
-        Between the query's closing tag and the block are two new lines. Those that the tag's last
-        token holds count, and the block begins with the others (none where the token holds more).
+        Exactly two new lines separate the query's closing tag and the block. The token that ends
+        the tag may contain some already; the block begins with those that are missing.
 
         The closing tag is kept whole, unless the context ends within it. The block must not end in
         white space: most tokenizers split white space differently at the end of a string than

@@ -40,7 +40,7 @@ from signals import best_evaluation, find_collapse
 
 # Metrics of a step that are printed too.
 SHOWN = ("reward", "search_rate", "format_rate", "f1", "grad_norm", "eval_reward")
-# Options that --resume may change: a step that both runs do has the same numbers but for rounding.
+# Options that --resume may change: they change no step's numbers, except by rounding.
 MAY_CHANGE = {
     "steps",
     "save_every",

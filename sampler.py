@@ -19,7 +19,8 @@ from records import read_questions
 from rollout import Episode, derive_seed
 
 MAX_SEARCH_FAILURES = 0.2  # share of a step's queries that may fail; with more the run stops
-MIN_SEARCHES = 20  # queries of which the share is taken: those of earlier steps count if need be
+# The share is that of at least so many queries: a step with fewer counts those before it, too.
+MIN_SEARCHES = 20
 # Mean abs(log pi - log pi_sampler) of an episode at which the run stops: in bf16 it is about 0.01,
 # with wrong weights several nats.
 MAX_SAMPLER_GAP = 1.0

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from rollout import Episode
 
-# The probe: the first so many trajectories of a run that were right. It is fixed from then on,
-# since the log-probability of fresh samples would follow the entropy alone.
+# The probe is the run's first PROBE_SIZE correct trajectories. It stays fixed from then on: the
+# log-probability of fresh samples would follow the entropy alone.
 PROBE_SIZE = 32
 
 
@@ -90,7 +90,7 @@ def note_evaluation(evaluations: list[dict], metrics: dict[str, float]) -> list[
 def find_collapse(evaluations: list[dict], drop: float, count: int) -> str:
     """A sentence if each of the last `count` evaluations has a collapsed `log_prob_right`.
 
-    That is one more than `drop` below its best. Otherwise, and if `drop` is 0, the empty string.
+    Collapsed is more than `drop` below its best. Else, and if `drop` is 0, the empty string.
     """
     values = [each["log_prob_right"] for each in evaluations if "log_prob_right" in each]
     best = max(values, default=0.0)

@@ -58,7 +58,7 @@ from sampler import Sampler
 MAX_GRAD_NORM = 1.0  # OpenRLHF's default, which the official scripts keep
 ADAM_BETAS = (0.9, 0.95)  # OpenRLHF's default, which the official scripts keep
 MAX_CONSECUTIVE_SKIPPED = 3  # updates with a gradient that is not finite, after which the run stops
-BROKEN_OFF = ("length", "bad_query")  # finish reasons that --mask_truncated leaves out
+MASKED_FINISH_REASONS = ("length", "bad_query")  # those that --mask_truncated leaves out
 
 # --------------------------------------------------------------------------------------------------
 # The rollout batch
@@ -185,8 +185,8 @@ class Trainer:
         config = self.config
         metrics = {}
         if config.mask_truncated:
-            broken_off = [e.finish_reason in BROKEN_OFF for e in batch.episodes]
-            batch.loss_mask[broken_off] = False
+            masked = [e.finish_reason in MASKED_FINISH_REASONS for e in batch.episodes]
+            batch.loss_mask[masked] = False
         if self.reference is not None or config.sampler_mask:
             batch.on_policy = False
             batch.old_log_probs = self.log_probs(self.policy, batch, batch.with_loss())
@@ -373,7 +373,7 @@ def export_models(trainer: Trainer, run: RunFolder, progress: Progress) -> None:
 
 
 def iterate(sampler: Sampler, trainer: Trainer, run: RunFolder, progress: Progress) -> Progress:
-    """One iteration of a run that is as far as `progress`; returns how far it is then."""
+    """The iteration after `progress`; returns the progress after it."""
     config, step = trainer.config, progress.step + 1
     metrics: dict[str, float] = {"step": step}
 

@@ -44,7 +44,7 @@ LIMITS = {
 PORT = 8931
 
 
-def run(folder: Path, model: Path, baseline: tuple, out: Path, options: dict) -> Path:
+def run(folder: Path, model: str | Path, baseline: tuple, out: Path, options: dict) -> Path:
     """Evaluate one baseline on the held-out questions of a folder; returns `out`.
 
     Args:

@@ -103,7 +103,7 @@ def choose_questions(questions: list[dict], passages: Path) -> list[dict]:
     return [question for question, is_found in zip(asked, found, strict=True) if is_found]
 
 
-def answer(out: Path, model: Path, name: str, options: dict) -> list[Path]:
+def answer(out: Path, model: str | Path, name: str, options: dict) -> list[Path]:
     """The loop and the baselines, of one model; their folders."""
     ways = {"search": baselines.LOOP}
     if name != "stage1":
@@ -132,7 +132,7 @@ def report(out: Path, folders: list[Path]) -> None:
 
 def main(
     data: Path,
-    model: Path,
+    model: str,
     out: Path = Path("runs/real"),
     seed: int = 0,
     steps: tuple[int, int] = (RECIPE[1]["steps"], RECIPE[2]["steps"]),
@@ -143,7 +143,7 @@ def main(
     """
     Args:
         data: folder with the questions and the passages
-        model: Hugging Face folder
+        model: Hugging Face folder or hub name
         out: folder to fill
         seed: of the split and of both stages
         steps: rollout batches of the stages
@@ -151,7 +151,7 @@ def main(
         limit: answer only the first so many held-out questions
         engine: inference engine
     """
-    data, model, out = data.resolve(), model.resolve(), out.resolve()
+    data, out = data.resolve(), out.resolve()
     for name in (*DATASETS, "wiki_passages"):
         if not (data / f"{name}.jsonl").exists():
             sys.exit(f"real_questions.py: {data / name}.jsonl is not there; see --help")

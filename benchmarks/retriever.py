@@ -191,7 +191,7 @@ def latencies(results: dict[str, dict], size: str, kind: str) -> str:
 def table(results: dict[str, dict]) -> str:
     """RESULTS.md's table: tantivy by size, and its latency beside that of the others."""
     lines = [
-        "| passages | build s | disk MB | opened in ms | resident MB | queries/s, 64 clients "
+        "| passages | build s | disk MiB | opened in ms | resident MiB | queries/s, 64 clients "
         "| keyword, ms: tantivy / rank-bm25 | question, ms: tantivy / rank-bm25 |",
         "|" + "---|" * 8,
     ]

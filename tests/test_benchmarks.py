@@ -265,7 +265,7 @@ def test_real_questions_from_the_split_to_the_table_and_again(
     options = {"steps": (1, 1), "limit": 2, "eval_every": 1, "engine": "transformers"}
     tables = []
     for _ in range(2):
-        real_questions.main(data, Path(model_folder), out, **options)
+        real_questions.main(data, model_folder, out, **options)
         tables.append(capsys.readouterr().out.splitlines()[-16:])
         assert all(line.startswith("eval-stage2-search - ") for line in tables[-1])
     assert tables[0] == tables[1]

@@ -94,9 +94,9 @@ def size_of(path: Path) -> Size:
 
 
 GROUPS = {  # files, most lines, most tokens
-    "the algorithm": ([f"{name}.py" for name in ALGORITHM], 1_700, 10_000),
+    "the algorithm": ([f"{name}.py" for name in ALGORITHM], 1_690, 9_750),
     "all flat modules": ([f"{name}.py" for name in MODULES], 5_720, 32_330),
-    "tools": ([f"tools/{name}.py" for name in TOOLS], 1_490, None),
+    "tools": ([f"tools/{name}.py" for name in TOOLS], 1_470, None),
     "benchmarks": (
         sorted(f"benchmarks/{p.name}" for p in ROOT.glob("benchmarks/*.py")),
         1_930,

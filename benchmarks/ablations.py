@@ -1,7 +1,7 @@
 """What matters in the recipe: runs that differ from the demo's in one point, over seeds.
 
     python benchmarks/ablations.py run --demo demo --rows default unmasked --seeds 0 1 2
-    python benchmarks/ablations.py table
+    python benchmarks/ablations.py table --figure rows.png
 
 `run` needs what `make demo` has made, trains every row with every seed for the same number of
 rollout batches, and answers the held-out questions with the last model. It goes on where it
@@ -11,7 +11,6 @@ since only there the numbers of a run repeat. A difference to the default row is
 questions and seeds; its 95 % interval is over both, by bootstrap.
 """
 
-import math
 import platform
 import shutil
 import sys
@@ -22,6 +21,7 @@ from typing import Literal
 import numpy as np
 import torch
 import tyro
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -32,6 +32,7 @@ from benchmarks.measure import TRAIN, run_training
 from config import PRESETS
 from evaluate import read_outputs
 from records import read_jsonl, write_jsonl, write_text
+from tools.report import draw_band
 
 EVAL_EVERY = 2  # rollout batches between validations
 ON_DOCUMENTS = (Path(__file__).resolve(), "train_on_documents")  # in place of TRAIN
@@ -172,12 +173,17 @@ class Run:
     """What the logs tell of one row and seed."""
 
     f1: dict[str, list[float]]  # by kind of question
-    format_step: float  # first rollout batch with a format rate of .9; NaN: none
-    one_hop_step: float  # first rollout batch after which validation's one-hop F1 is .8
+    # Metrics by rollout batch, over both stages; one_hop: F1 of validation's one-hop questions.
+    batches: dict[int, dict[str, float]]
 
     @property
     def all_f1(self) -> list[float]:
         return [f1 for of_kind in self.f1.values() for f1 in of_kind]
+
+    def first_batch(self, name: str, least: float) -> int | None:
+        """The first batch in which the metric is at least this, if there is one."""
+        reached = (n for n, batch in self.batches.items() if batch.get(name, -1) >= least)
+        return next(reached, None)
 
 
 def read_run(log: Path) -> Run:
@@ -185,24 +191,19 @@ def read_run(log: Path) -> Run:
     scores = read_jsonl(log / "scores.jsonl", dict, "a scored question")
     for score in sorted(scores, key=lambda score: (score["dataset"], score["id"])):
         f1.setdefault(score["dataset"], []).append(score["f1"])
-    batches = []
+    batches: dict[int, dict[str, float]] = {}
     for file in sorted(log.glob("stage?/metrics.jsonl")):
-        batches += read_jsonl(file, dict, "metrics", key="step")
-    format_step = one_hop_step = math.nan
-    for number, batch in reversed(list(enumerate(batches, start=1))):
-        one_hop = [value for name, value in batch.items() if name.startswith("eval_f1_demo-1hop-")]
-        if batch["format_rate"] >= 0.9:
-            format_step = number
-        if one_hop and np.mean(one_hop) >= 0.8:
-            one_hop_step = number
-    return Run(f1, format_step, one_hop_step)
+        for batch in read_jsonl(file, dict, "metrics", key="step"):
+            one_hop = [batch[name] for name in batch if name.startswith("eval_f1_demo-1hop-")]
+            if one_hop:
+                batch["one_hop"] = float(np.mean(one_hop))
+            batches[len(batches) + 1] = batch
+    return Run(f1, batches)
 
 
-def difference(runs: dict[int, Run], default: dict[int, Run]) -> str:
-    """Mean F1 less that of the default's runs with the same seeds, with its 95 % interval."""
+def difference(runs: dict[int, Run], default: dict[int, Run]) -> tuple[float, float, float]:
+    """Mean F1 less that of the default's runs with the same seeds, and its 95 % interval."""
     pairs = [(runs[seed].all_f1, default[seed].all_f1) for seed in runs if seed in default]
-    if not pairs:
-        return ""
     differences = np.array([np.subtract(*pair) for pair in pairs])  # (seeds, questions)
     random = np.random.default_rng(0)
     means = []
@@ -210,7 +211,7 @@ def difference(runs: dict[int, Run], default: dict[int, Run]) -> str:
         seeds, questions = (random.integers(n, size=n) for n in differences.shape)
         means.append(differences[np.ix_(seeds, questions)].mean())
     low, high = np.percentile(means, [2.5, 97.5])
-    return f"{differences.mean():+.3f} ({low:+.3f} to {high:+.3f})"
+    return differences.mean(), low, high
 
 
 def spread(values: list[float]) -> str:
@@ -218,39 +219,68 @@ def spread(values: list[float]) -> str:
     return f"{np.mean(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
-def list_steps(steps: list[float]) -> str:
-    return ", ".join("never" if math.isnan(step) else f"{step:.0f}" for step in steps)
-
-
-def table(logs: Path = Path("results/ablations"), cpu: str | None = None) -> None:
-    """Print the rows in Markdown: F1 as the mean over seeds, with the least and the greatest.
-
-    Args:
-        logs: folder that `run` filled
-        cpu: kind of CPU, as in cpu.txt (default: that of most runs)
-    """
+def read_rows(logs: Path, cpu: str | None) -> dict[str, dict[int, Run]]:
+    """The finished runs of one kind of CPU by row and seed, those of seeds that the default has."""
     finished = [file.parent for file in logs.glob("*/seed*/scores.jsonl")]
     kinds = {log: (log / "cpu.txt").read_text() for log in finished}
     cpu = cpu or max(kinds.values(), key=list(kinds.values()).count, default="no CPU at all")
     rows: dict[str, dict[int, Run]] = {name: {} for name in ROWS}
     for log in sorted(log for log, kind in kinds.items() if kind == cpu):
-        rows[log.parent.name][int(log.name.removeprefix("seed"))] = read_run(log)
+        seed = int(log.name.removeprefix("seed"))
+        if kinds.get(logs / "default" / log.name) == cpu:
+            rows[log.parent.name][seed] = read_run(log)
     if not rows["default"]:
         sys.exit(f"ablations.py: {logs} has no run of the row default on {cpu}")
-    datasets = list(next(iter(rows["default"].values())).f1)
     print(f"{cpu}\n")
+    return {name: runs for name, runs in rows.items() if runs}
+
+
+def draw(rows: dict[str, dict[int, Run]], out: Path) -> None:
+    """Draw one-hop F1 over the rollout batches, and the differences of the table."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    curves, intervals = figure.subplots(1, 2)
+    for number, (name, runs) in enumerate(rows.items()):
+        draw_band(curves, [run.batches for run in runs.values()], "one_hop", name)
+        if name != "default":
+            mean, low, high = difference(runs, rows["default"])
+            width = [[mean - low], [high - mean]]
+            intervals.errorbar(mean, -number, xerr=width, fmt="o", color=f"C{number}", label=name)
+    curves.set(title="validation F1, one hop", xlabel="rollout batches")
+    intervals.axvline(0, color="grey", linestyle=":")
+    intervals.set(title="F1 of all held-out questions, less default", yticks=[])
+    for axis in (curves, intervals):
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.savefig(out, dpi=120)
+
+
+def table(
+    logs: Path = Path("results/ablations"), cpu: str | None = None, figure: Path | None = None
+) -> None:
+    """Print the rows in Markdown: F1 as the mean over seeds, with the least and the greatest.
+
+    Args:
+        logs: folder that `run` filled
+        cpu: kind of CPU, as in cpu.txt (default: that of most runs)
+        figure: a PNG, to draw the rows too
+    """
+    rows = read_rows(logs, cpu)
+    datasets = list(next(iter(rows["default"].values())).f1)
     print(f"| row | seeds | {' | '.join(datasets)} | all | all, less default | format .9 | F1 .8 |")
     print("|---" * (len(datasets) + 6) + "|")
     for name, runs in rows.items():
-        if runs:
-            cells = [name, str(len(runs))]
-            for dataset in datasets:
-                cells.append(spread([np.mean(run.f1[dataset]) for run in runs.values()]))
-            cells.append(spread([np.mean(run.all_f1) for run in runs.values()]))
-            cells.append(difference(runs, rows["default"]))
-            cells.append(list_steps([run.format_step for run in runs.values()]))
-            cells.append(list_steps([run.one_hop_step for run in runs.values()]))
-            print("| " + " | ".join(cells) + " |")
+        cells = [name, str(len(runs))]
+        for dataset in datasets:
+            cells.append(spread([np.mean(run.f1[dataset]) for run in runs.values()]))
+        cells.append(spread([np.mean(run.all_f1) for run in runs.values()]))
+        mean, low, high = difference(runs, rows["default"])
+        cells.append(f"{mean:+.3f} ({low:+.3f} to {high:+.3f})" if name != "default" else "")
+        for metric, least in (("format_rate", 0.9), ("one_hop", 0.8)):
+            steps = [run.first_batch(metric, least) for run in runs.values()]
+            cells.append(", ".join("never" if step is None else str(step) for step in steps))
+        print("| " + " | ".join(cells) + " |")
+    if figure:
+        draw(rows, figure)
 
 
 if __name__ == "__main__":

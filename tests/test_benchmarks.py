@@ -298,10 +298,11 @@ def test_ablations_from_training_to_the_table(
     started = {name: list((folders["work"] / name).glob("seed0/stage?")) for name in rows}
     assert [len(stages) for stages in started.values()] == [1, 1, 1]
     capsys.readouterr()
-    ablations.table(folders["logs"])
+    ablations.table(folders["logs"], figure=tmp_path / "rows.png")
+    assert (tmp_path / "rows.png").exists()
     table = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in table[4:]] == ["default", *rows]
-    assert table[4].endswith(" | +0.000 (+0.000 to +0.000) | never | never |")
+    assert table[4].endswith(" |  | never | never |")
 
     monkeypatch.setattr(ablations, "kind_of_cpu", lambda: "another")
     (folders["logs"] / "grpo/seed0/scores.jsonl").unlink()
@@ -328,15 +329,22 @@ def test_the_row_unmasked_trains_on_every_token_after_the_prompt(model_folder, m
 
 
 def test_the_difference_of_ablations_and_its_interval_by_hand():
-    better = ablations.Run({"a": [1.0, 1.0], "b": [1.0]}, 1, 1)
-    worse = ablations.Run({"a": [0.5, 0.5], "b": [0.5]}, 1, 1)
+    better = ablations.Run({"a": [1.0, 1.0], "b": [1.0]}, {})
+    worse = ablations.Run({"a": [0.5, 0.5], "b": [0.5]}, {})
     assert better.all_f1 == [1.0, 1.0, 1.0]
     found = ablations.difference({0: better, 1: better, 2: better}, {0: worse, 1: worse})
-    assert found == "+0.500 (+0.500 to +0.500)"
+    assert found == (0.5, 0.5, 0.5)
     # Seeds 0 and 1 differ by 1 and by 0: each is drawn twice in a quarter of the resamples.
-    worst = ablations.Run({"a": [0.0, 0.0], "b": [0.0]}, 1, 1)
+    worst = ablations.Run({"a": [0.0, 0.0], "b": [0.0]}, {})
     found = ablations.difference({0: better, 1: worse}, {0: worst, 1: worse})
-    assert found == "+0.500 (+0.000 to +1.000)"
+    assert found == (0.5, 0.0, 1.0)
+
+
+def test_the_first_batch_that_reaches_a_value():
+    batches = {1: {"f1": 0.5}, 2: {"f1": 0.9, "one_hop": 0.7}, 3: {"f1": 0.8}, 4: {"one_hop": 0.8}}
+    run = ablations.Run({}, batches)
+    assert [run.first_batch("f1", least) for least in (0.5, 0.8, 0.95)] == [1, 2, None]
+    assert run.first_batch("one_hop", 0.8) == 4
 
 
 def lines_of(folder, name):

@@ -99,7 +99,7 @@ GROUPS = {  # files, most lines, most tokens
     "tools": ([f"tools/{name}.py" for name in TOOLS], 1_470, None),
     "benchmarks": (
         sorted(f"benchmarks/{p.name}" for p in ROOT.glob("benchmarks/*.py")),
-        1_930,
+        1_955,
         None,
     ),
 }

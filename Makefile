@@ -56,7 +56,7 @@ demo-2hop: demo
 # Not in parallel on a GPU: engines share it.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest tests/test_house.py
-	$(BIN)/python -m pytest --ignore tests/test_house.py $(if $(findstring cpu,$(REQUIREMENTS)),-n 2 --dist loadfile)
+	$(BIN)/python -m pytest --ignore tests/test_house.py $(if $(findstring cpu,$(REQUIREMENTS)),-n 2 --dist loadfile --no-loadscope-reorder)
 
 test-gpu: $(INSTALLED)
 	$(BIN)/python -m pytest -m gpu

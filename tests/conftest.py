@@ -18,6 +18,14 @@ from reward import TAGS
 from rollout import Episode, Limits, Rollout
 
 
+SLOWEST_FILES = ("test_benchmarks", "test_families", "test_train", "test_checkpoint")
+
+
+def pytest_collection_modifyitems(items):
+    """Begin with the slowest files, so that two processes end at about the same time."""
+    items.sort(key=lambda item: item.path.stem not in SLOWEST_FILES)
+
+
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory) -> str:
     """The folder of the tiny model."""

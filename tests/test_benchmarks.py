@@ -94,7 +94,8 @@ def test_the_readmes_ratios_are_those_of_the_saved_runs():
 )
 def test_the_computed_size_of_a_dense_index_is_that_of_its_file(factory):
     vectors = np.random.default_rng(0).standard_normal((8000, 64), np.float32)
-    index = faiss.index_factory(64, factory, faiss.METRIC_INNER_PRODUCT)
+    as_quickly = factory.replace("PQ8", "PQ8np")  # its polysemous training takes 20 s
+    index = faiss.index_factory(64, as_quickly, faiss.METRIC_INNER_PRODUCT)
     index.train(vectors)
     index.add(vectors)
     lists = int(factory[3:].split(",")[0]) if factory.startswith("IVF") else 0

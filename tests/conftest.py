@@ -17,7 +17,6 @@ from engine import Completion
 from reward import TAGS
 from rollout import Episode, Limits, Rollout
 
-
 SLOWEST_FILES = ("test_benchmarks", "test_families", "test_train", "test_checkpoint")
 
 

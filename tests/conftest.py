@@ -17,7 +17,9 @@ from engine import Completion
 from reward import TAGS
 from rollout import Episode, Limits, Rollout
 
-SLOWEST_FILES = ("test_benchmarks", "test_families", "test_train", "test_checkpoint")
+SLOWEST_FILES = """
+    test_benchmarks test_families test_train test_checkpoint test_run_folder test_readme
+""".split()
 
 
 def pytest_collection_modifyitems(items):

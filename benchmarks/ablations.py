@@ -219,8 +219,8 @@ def spread(values: list[float]) -> str:
     return f"{np.mean(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
-def read_rows(logs: Path, cpu: str | None) -> dict[str, dict[int, Run]]:
-    """The finished runs of one kind of CPU by row and seed, those of seeds that the default has."""
+def read_rows(logs: Path, cpu: str | None) -> tuple[str, dict[str, dict[int, Run]]]:
+    """A kind of CPU, and its finished runs by row and seed, those of seeds that the default has."""
     finished = [file.parent for file in logs.glob("*/seed*/scores.jsonl")]
     kinds = {log: (log / "cpu.txt").read_text() for log in finished}
     cpu = cpu or max(kinds.values(), key=list(kinds.values()).count, default="no CPU at all")
@@ -231,8 +231,7 @@ def read_rows(logs: Path, cpu: str | None) -> dict[str, dict[int, Run]]:
             rows[log.parent.name][seed] = read_run(log)
     if not rows["default"]:
         sys.exit(f"ablations.py: {logs} has no run of the row default on {cpu}")
-    print(f"{cpu}\n")
-    return {name: runs for name, runs in rows.items() if runs}
+    return cpu, {name: runs for name, runs in rows.items() if runs}
 
 
 def draw(rows: dict[str, dict[int, Run]], out: Path) -> None:
@@ -264,7 +263,8 @@ def table(
         cpu: kind of CPU, as in cpu.txt (default: that of most runs)
         figure: a PNG, to draw the rows too
     """
-    rows = read_rows(logs, cpu)
+    cpu, rows = read_rows(logs, cpu)
+    print(f"{cpu}\n")
     datasets = list(next(iter(rows["default"].values())).f1)
     print(f"| row | seeds | {' | '.join(datasets)} | all | all, less default | format .9 | F1 .8 |")
     print("|---" * (len(datasets) + 6) + "|")

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import policy
 import train
+from benchmarks.measure import torchrun_command
 from engine import VLLMEngine
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
@@ -27,8 +28,7 @@ pytestmark = [
 
 
 def torchrun(ranks: int, *words: str) -> subprocess.CompletedProcess:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    command = [sys.executable, *launcher, *words]
+    command = torchrun_command(ranks, *words)
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 

@@ -211,8 +211,9 @@ def launch(ranks: int, *command: str) -> subprocess.CompletedProcess:
         status, deadline = 0, time.monotonic() + 300
         while running and not status:
             assert connection.wait([p.sentinel for p in running], deadline - time.monotonic())
-            status = next((p.exitcode for p in running if p.exitcode), 0)
-            running = [process for process in running if process.is_alive()]
+            ended = [process for process in running if not process.is_alive()]
+            status = next((process.exitcode for process in ended if process.exitcode), 0)
+            running = [process for process in running if process not in ended]
         for process in running:
             process.terminate()
             process.join()

@@ -310,7 +310,7 @@ def export(policy: Policy, source: str, out: Path, step: int) -> None:
             original = Path(cached_file(source, "config.json")).with_name(GENERATION_CONFIG_NAME)
             if original.exists():
                 shutil.copy(original, partial)
-            lm.config.dtype = "bfloat16"  # save_pretrained has noted that of the fp32 parameters
+            lm.config.dtype = tensor.dtype  # save_pretrained has noted that of the fp32 parameters
             lm.config.save_pretrained(partial)
             AutoTokenizer.from_pretrained(source).save_pretrained(partial)
             write_text(partial / EXPORT_STEP_FILE, str(step))

@@ -389,18 +389,16 @@ def make_mix(
 
 
 def main(argv: list[str] | None = None) -> None:
+    commands = {
+        "kilt": make_kilt,
+        "corpus": make_corpus,
+        "questions": make_questions,
+        "difficulty": make_difficulty,
+        "mix": make_mix,
+    }
     with user_errors("data_prep.py"):
         tyro.extras.subcommand_cli_from_dict(
-            {
-                "kilt": make_kilt,
-                "corpus": make_corpus,
-                "questions": make_questions,
-                "difficulty": make_difficulty,
-                "mix": make_mix,
-            },
-            description=__doc__,
-            use_underscores=True,
-            args=argv,
+            commands, description=__doc__, use_underscores=True, args=argv
         )
 
 

@@ -20,6 +20,16 @@ class Completion:
     stop: str | None  # the stop string that ended the turn, "eos", or None: no tokens were left
 
 
+def compute_dtype():
+    """The torch.dtype in which engine and trainer compute: bfloat16, but float32 on an AVX2 CPU."""
+    import torch
+
+    # Without AVX-512 a CPU multiplies bfloat16 many times more slowly (RESULTS.md).
+    if not torch.cuda.is_available() and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        return torch.float32
+    return torch.bfloat16
+
+
 class Engine(Protocol):
     """An inference engine.
 
@@ -55,7 +65,7 @@ class VLLMEngine:
         model: Hugging Face folder or hub name.
         max_context: tokens of the longest sequence.
         gpu_memory_utilization: share of the GPU for weights and KV cache while the engine is awake.
-        dtype: of weights and computation.
+        dtype: of weights and computation; by default `compute_dtype`.
         sleep_mode: `sleep` frees the GPU. Only one engine of a process can have it.
     """
 
@@ -64,7 +74,7 @@ class VLLMEngine:
         model: str,
         max_context: int,
         gpu_memory_utilization: float = 0.6,
-        dtype: str = "bfloat16",
+        dtype: str | None = None,
         sleep_mode: bool = False,
     ):
         import torch
@@ -79,10 +89,12 @@ class VLLMEngine:
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # keeps training's threads
         from vllm import LLM
 
+        # Under torchrun the engine takes RANK and LOCAL_RANK from the environment.
+        launcher = "external_launcher" if "LOCAL_RANK" in os.environ else None
         self.llm = LLM(
             model=model,
             load_format="safetensors",  # never a pickle
-            dtype=dtype,
+            dtype=dtype or compute_dtype(),
             max_model_len=max_context,
             max_num_seqs=256,  # as many as the loop has under way; some GPUs hold tables for 1,024
             gpu_memory_utilization=gpu_memory_utilization,
@@ -96,10 +108,7 @@ class VLLMEngine:
             # fp32 logits, as the trainer computes them; a CPU would convert the head at every step.
             hf_overrides={"head_dtype": "float32"} if self.on_gpu else None,
             logprobs_mode="processed_logprobs",  # after temperature, as the trainer computes them
-            # Under torchrun the engine takes RANK and LOCAL_RANK from the environment.
-            distributed_executor_backend="external_launcher"
-            if "LOCAL_RANK" in os.environ
-            else None,
+            distributed_executor_backend=launcher,
         )
         self.engine = self.llm.llm_engine
 

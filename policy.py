@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from engine import compute_dtype
 from reinforce_pp import token_log_probs
 
 # Timeout of collectives: how far one rank's rollout may lag behind another's. If a rank dies, the
@@ -105,7 +106,7 @@ class Policy(nn.Module):
         return token_log_probs(hidden[source], head, targets, temperature)
 
     def begin_micro_batch(self, is_last: bool) -> None:
-        """On one CPU rank, keep bf16 weights and fp32 gradients whole until the last micro-batch.
+        """On one CPU rank, keep weights and fp32 gradients whole until the last micro-batch.
 
         FSDP would copy both each time, to the same bits. Where ranks share a model, none holds all.
         """
@@ -179,9 +180,9 @@ def load_policy(
     Args:
         gradient_checkpointing: recompute activations in the backward pass.
         cpu_offload: keep parameters and optimiser states in host memory.
-        frozen: bf16 parameters without gradient instead of fp32 parameters to train.
+        frozen: parameters without gradient in `compute_dtype` instead of fp32 ones to train.
     """
-    lm = meta_model(model, torch.bfloat16 if frozen else torch.float32)
+    lm = meta_model(model, compute_dtype() if frozen else torch.float32)
     policy = shard(lm, gradient_checkpointing, cpu_offload, frozen)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     policy.to_empty(device="cpu" if cpu_offload else device)
@@ -216,7 +217,7 @@ def read_weights(lm: nn.Module, model: str) -> None:
 def shard(
     lm: nn.Module, gradient_checkpointing: bool, cpu_offload: bool, frozen: bool = False
 ) -> Policy:
-    """The model in FSDP2: bf16 compute, fp32 reduction, every decoder layer a unit."""
+    """The model in FSDP2: every decoder layer a unit, `compute_dtype`, fp32 reduction."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
         CPUOffloadPolicy,
@@ -231,7 +232,7 @@ def shard(
     on_gpu = torch.cuda.is_available()
     settings = {
         "mesh": init_device_mesh("cuda" if on_gpu else "cpu", (dist.get_world_size(),)),
-        "mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32),
+        "mp_policy": MixedPrecisionPolicy(compute_dtype(), reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=on_gpu) if cpu_offload else OffloadPolicy(),
     }
     for layer in lm.base_model.layers:
@@ -242,9 +243,9 @@ def shard(
 
 
 def whole_parameters(policy: Policy) -> Iterator[tuple[str, Tensor]]:
-    """(Hugging Face name, whole bf16 tensor), gathered one by one; all ranks iterate together."""
+    """(Hugging Face name, whole tensor), gathered one by one; all ranks iterate together."""
     for name, parameter in policy.lm.named_parameters():
-        rows = parameter.detach().bfloat16()
+        rows = parameter.detach().to(compute_dtype())
         # What --cpu_offload keeps in host memory is gathered on the GPUs: over gloo, 15 GB a sync.
         yield name, rows.to(rows.device_mesh.device_type).full_tensor()
 

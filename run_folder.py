@@ -28,13 +28,7 @@ from checkpoint import EXPORT_STEP_FILE, Progress, list_checkpoints, newest_chec
 from config import Config
 from inference import describe_inputs
 from policy import gather
-from records import (
-    fingerprint,
-    refuse_changed_settings,
-    reraise_corrupt,
-    write_jsonl,
-    write_text,
-)
+from records import fingerprint, refuse_changed_settings, reraise_corrupt, write_jsonl, write_text
 from rollout import Episode
 from signals import best_evaluation, find_collapse
 

@@ -76,7 +76,8 @@ def training(
         architecture = AutoConfig.for_model(model_type, **shapes, tie_word_embeddings=False)
         lm = AutoModelForCausalLM.from_config(architecture, dtype=torch.float32)
     # Outside of the mode, since the device mesh is real.
-    trainer = Trainer(config, policy.shard(lm, checkpointing, cpu_offload=False))
+    with patch.object(policy, "compute_dtype", lambda: torch.bfloat16):  # a GPU's
+        trainer = Trainer(config, policy.shard(lm, checkpointing, cpu_offload=False))
 
     def update() -> None:
         nn.utils.clip_grad_norm_(trainer.policy.parameters(), MAX_GRAD_NORM)

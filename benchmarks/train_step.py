@@ -10,8 +10,8 @@ turns; their tokens are those of the episodes, each with its prompt:
                their common prefix
     unshared   the same, but every episode computes its whole sequence
     copying    as `step`, but FSDP copies weights and gradients for every micro-batch
-    bare       what `unshared` cannot beat: the model in bf16, forward and backward, as many tokens
-               in rows of one length, the head over as many positions; no padding, optimiser or FSDP
+    bare       what `unshared` cannot beat: the model, forward and backward, as many tokens in rows
+               of one length, the head over as many positions; no padding, optimiser or FSDP
 """
 
 import json
@@ -29,6 +29,7 @@ import packing
 from benchmarks.measure import compare, show, take_turns
 from checkpoint import Progress
 from config import PRESETS, Config
+from engine import compute_dtype
 from packing import pack, plan_micro_batches
 from policy import Policy, load_policy, peak_memory_gib, start_distributed
 from reinforce_pp import token_log_probs
@@ -63,7 +64,7 @@ class Workload:
         self.config = Config(**PRESETS["demo"][1] | options)
         self.episodes = episodes
         self.trainer = Trainer(self.config, load_policy(model))
-        plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+        plain = AutoModelForCausalLM.from_pretrained(model, dtype=compute_dtype())
         self.plain = plain.to(self.trainer.device)
         self.head_weight = self.plain.get_output_embeddings().weight
         self.tokens = sum(len(episode.token_ids) for episode in episodes)
@@ -103,9 +104,8 @@ class Workload:
 
     def head(self) -> int:
         """The head's part of `bare`."""
-        size = self.plain.config.hidden_size
-        hidden = torch.randn(self.actions, size, dtype=torch.bfloat16, device=self.plain.device)
-        self.backward_head(hidden.requires_grad_())
+        states = self.head_weight.new_empty(self.actions, self.plain.config.hidden_size)
+        self.backward_head(states.normal_().requires_grad_())
         return self.tokens
 
     def computed(self) -> tuple[int, int]:
@@ -142,10 +142,9 @@ def main(
     workload = Workload(model, read_episodes(episodes), micro_batch_tokens)
     ways = {name: getattr(workload, name) for name in ("step", "unshared", "copying", "bare")}
     take_turns(ways, 1)  # warm up
-    times = take_turns(ways, repeats)
-    ratios = compare(times, "step / bare", "unshared / bare", "step / copying")
+    rates = take_turns(ways, repeats)
     show(workload.facts())
-    show({"name": "ratios"} | ratios)
+    show({"name": "ratios"} | compare(rates, "step / bare", "unshared / bare", "step / copying"))
 
 
 if __name__ == "__main__":

@@ -28,9 +28,11 @@ from tiny import (
     steps,
 )
 from torch import nn
+from transformers import AutoConfig
 
 import checkpoint
 import train
+from engine import compute_dtype
 
 HERE = Path(__file__).parent
 
@@ -57,6 +59,18 @@ def test_without_a_generation_configuration_none_is_exported(world):
     train.train(dataclasses.replace(world, model="m", steps=1), Path("a"))
     assert Path("a/model/model.safetensors").exists()
     assert not Path("a/model/generation_config.json").exists()
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+def test_a_model_is_exported_in_the_dtype_in_which_it_computes(capability, world, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    train.train(dataclasses.replace(world, steps=1), Path("a"))
+    weights = load_file("a/model/model.safetensors").values()
+    assert {tensor.dtype for tensor in weights} == {compute_dtype()}
+    assert AutoConfig.from_pretrained("a/model").dtype == compute_dtype()
+    (row,) = metrics_of("a")
+    in_fp32 = compute_dtype() == torch.float32  # as this world's engine computes on every machine
+    assert row["sampler_gap"] < (1e-4 if in_fp32 else 0.05)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import policy
 import train
-from engine import VLLMEngine
+from engine import VLLMEngine, compute_dtype
 from reward import TAGS, load_prompt
 from rollout import Episode, Limits, Rollout, prompt_encoder
 
@@ -25,7 +25,7 @@ def family_folder(request, tmp_path_factory) -> str:
 
 def test_a_rank_reads_what_transformers_reads(family_folder):
     policy.start_distributed()
-    for frozen, dtype in [(False, torch.float32), (True, torch.bfloat16)]:
+    for frozen, dtype in [(False, torch.float32), (True, compute_dtype())]:
         ours = policy.load_policy(family_folder, frozen=frozen).lm
         theirs = AutoModelForCausalLM.from_pretrained(family_folder, dtype=dtype)
         for read in ("named_parameters", "named_buffers"):

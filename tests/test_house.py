@@ -24,7 +24,7 @@ IMPORTS = {
     "engine": set(),
     "reinforce_pp": set(),
     "rollout": {"engine"},
-    "policy": {"reinforce_pp"},
+    "policy": {"engine", "reinforce_pp"},
     "packing": set(),
     "signals": {"rollout"},
     "checkpoint": {"policy", "records", "signals"},

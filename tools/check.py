@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from answerability import FIRST, are_answered, in_first_passages
 from checkpoint import KEEP_CHECKPOINTS
 from config import STAGE_2, Arguments, Config, parse_arguments
+from engine import compute_dtype
 from policy import meta_model, refuse_unsupported
 from records import read_questions, user_errors
 from reinforce_pp import HEAD_CHUNK
@@ -50,20 +51,23 @@ CARD = 85e9  # bytes of a GPU that is called one of 80 GB; vLLM takes its share 
 RESERVED = 5e9  # bytes of a GPU for CUDA's context, NCCL and what a sleeping engine keeps
 
 
-def training_bytes(lm, config: Config, ranks: int) -> tuple[float, float]:
+def training_bytes(lm, config: Config, ranks: int, itemsize: int = 2) -> tuple[float, float]:
     """Bytes of one rank at the peak of an update: (what the ranks share, what each one needs).
 
-    Shared: parameters, gradients and Adam's moments in fp32, a bf16 reference if there is KL.
-    Its own: embedding, head and the gradient of each, whole and in bf16; logits of a chunk and
-    their gradient; activations of a micro-batch.
+    Shared: parameters, gradients and Adam's moments in fp32, a reference if there is KL.
+    Its own: embedding, head and the gradient of each, whole; logits of a chunk and their gradient;
+    activations of a micro-batch.
+
+    Args:
+        itemsize: bytes of a number in `compute_dtype`.
     """
     shape = lm.config
     parameters = sum(p.numel() for p in lm.parameters())
-    shared = parameters * (16 + 2 * (config.kl_coef > 0)) / ranks
+    shared = parameters * (16 + itemsize * (config.kl_coef > 0)) / ranks
     vocabularies = 1 if shape.tie_word_embeddings else 2
-    own = 2 * vocabularies * 2 * shape.vocab_size * shape.hidden_size
+    own = itemsize * vocabularies * 2 * shape.vocab_size * shape.hidden_size
     own += 1.5 * 4 * HEAD_CHUNK * shape.vocab_size
-    # bf16 tensors of a token within one layer, some of the hidden size, some of the MLP's.
+    # Tensors of a token within one layer, some of the hidden size, some of the MLP's.
     mlp_size = getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
     if config.gradient_checkpointing:
         widths = shape.num_hidden_layers * shape.hidden_size  # what each layer starts from
@@ -72,7 +76,7 @@ def training_bytes(lm, config: Config, ranks: int) -> tuple[float, float]:
         widths = shape.num_hidden_layers * (4 * mlp_size + 11 * shape.hidden_size)
     # A single sequence may exceed --micro_batch_tokens.
     tokens = max(config.micro_batch_tokens, config.max_context)
-    return shared, own + 2 * widths * tokens
+    return shared, own + itemsize * widths * tokens
 
 
 def cache_bytes(shape, tokens: int) -> float:
@@ -214,9 +218,10 @@ class Checks:
         return f"{peaks}; cache for {(awake - weights) / cache:.0f} episodes of --max_context{host}"
 
     def host_memory(self) -> str:
-        shared, own = training_bytes(self.lm, self.config, 1)
-        whole = 2 * self.parameters  # the layers in bf16, kept from one micro-batch to the next
-        engine = 2 * self.parameters + 2**30  # weights, and cache
+        itemsize = compute_dtype().itemsize
+        shared, own = training_bytes(self.lm, self.config, 1, itemsize)
+        whole = itemsize * self.parameters  # kept from one micro-batch to the next
+        engine = itemsize * self.parameters + 2**30  # weights, and cache
         needed = shared + own + whole + engine
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         share = f"about {needed / GB:.1f} GB of this machine's {memory / GB:.0f}"
@@ -229,7 +234,7 @@ class Checks:
         parameters = self.parameters
         best = config.eval_every > 0
         checkpoints = KEEP_CHECKPOINTS + 1 + best  # one is written before the oldest goes
-        needed = checkpoints * 12 * parameters + (1 + best) * 2 * parameters
+        needed = parameters * (checkpoints * 12 + (1 + best) * compute_dtype().itemsize)
         out = self.check.out_folder
         there = next(path for path in [out, *out.absolute().parents] if path.exists())
         free = shutil.disk_usage(there).free

@@ -12,7 +12,7 @@ from typing import Literal
 
 from engine import ENGINES
 from metrics import episode_record
-from records import fingerprint
+from records import fingerprint, reraise_missing
 from retriever import open_retriever, retriever_fingerprint
 from reward import TAGS, Tags, load_prompt, score_episode
 from rollout import Episode, Limits, Rollout, derive_seed, prompt_encoder
@@ -34,12 +34,20 @@ def model_fingerprint(model: str) -> str:
     """Fingerprint of a model folder; of a model on the Hugging Face hub, its revision."""
     from transformers.utils import cached_file
 
-    try:
-        folder = Path(cached_file(model, "config.json")).parent
-    except (OSError, ValueError) as error:
-        reason = str(error).partition("\n")[0]  # also a gated model, or no network
-        raise ValueError(f"{model}: neither a model folder nor a hub model: {reason}") from None
+    with reraise_missing(f"{model}: neither a model folder nor a hub model"):
+        folder = Path(cached_file(model, "config.json")).parent  # may be gated, or out of reach
     return fingerprint(folder) if Path(model).is_dir() else folder.name
+
+
+def open_tokenizer(model: str):
+    """The tokenizer of a model folder or hub model; raises ValueError if there is none."""
+    from transformers import AutoTokenizer
+
+    with reraise_missing(f"{model}: no tokenizer there"):
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        if len(tokenizer) == len(tokenizer.all_special_ids):  # made of no files
+            raise ValueError("its files are missing")
+    return tokenizer
 
 
 def describe_inputs(options: Inference) -> dict[str, str | None]:
@@ -80,13 +88,12 @@ def open_rollout(
         sleep_mode: the engine shares the GPU with a trainer.
     """
     import torch
-    from transformers import AutoTokenizer
 
     check_limits(options)
     search = None  # nothing is searched without a retriever
     if options.retriever is not None:
         search = open_retriever(options.retriever).search
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
+    tokenizer = open_tokenizer(options.model)
     # The encoder refuses a bad prompt before the engine loads.
     role = prompt_role if tokenizer.chat_template else "text"
     encode = prompt_encoder(tokenizer, load_prompt(options.prompt_file, role))

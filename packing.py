@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # Longest row of several sequences, in tokens: the attention of a row grows with its square.
-MAX_SHARED_ROW = 1024
+MAX_SHARED_ROW = 1536
 # A sequence joins a row where it adds at most this share of its own length. Sharing has a price: a
 # dense mask, and attention that is computed across the sequences of a row before it is masked.
 MAX_ADDED_SHARE = 0.5
@@ -46,16 +46,20 @@ class Row:
         return Row([*self.members, index], prefix, tokens)
 
 
-def plan_micro_batches(sequences: dict[int, list[int]], budget: int) -> list[list[list[int]]]:
+def plan_micro_batches(
+    sequences: dict[int, list[int]], budget: int, ranks: int = 1
+) -> list[list[list[int]]]:
     """Micro-batches of rows of sequences, for `pack`.
 
     A sequence joins the row before it where that saves enough. Rows are sorted by length, so that
     the rows of a micro-batch are alike and padding is small. Shared and plain rows never mix: one
-    shared row would give all rows of its micro-batch a dense mask.
+    shared row would give all rows of its micro-batch a dense mask. The largest micro-batches are
+    divided until all ranks get the same number, so that none idles and no collective can hang.
 
     Args:
         sequences: token ids by index; samples of one question are neighbours.
         budget: tokens of a micro-batch, padding included; a single sequence may exceed it.
+        ranks: that share the micro-batches; where rows are too few, some micro-batches are empty.
     Returns:
         For each micro-batch its rows, and for each row the indices of its sequences.
     """
@@ -70,16 +74,21 @@ def plan_micro_batches(sequences: dict[int, list[int]], budget: int) -> list[lis
                 continue
         rows.append(Row([index], sequence, len(sequence)))
     rows.sort(key=lambda row: (row.is_shared, row.tokens), reverse=True)
-    micro_batches: list[list[list[int]]] = []
-    first = None  # row of the last micro-batch, its longest
+    micro_batches: list[list[Row]] = []
     for row in rows:
-        joins = first is not None and row.is_shared == first.is_shared
-        if joins and (len(micro_batches[-1]) + 1) * first.tokens <= budget:
-            micro_batches[-1].append(row.members)
+        last = micro_batches[-1] if micro_batches else [row]
+        longest = last[0]
+        fits = (len(last) + 1) * longest.tokens <= budget
+        if micro_batches and fits and row.is_shared == longest.is_shared:
+            last.append(row)
         else:
-            micro_batches.append([row.members])
-            first = row
-    return micro_batches
+            micro_batches.append([row])
+    while len(micro_batches) % ranks:
+        largest = max(micro_batches, key=lambda rows: (len(rows) > 1, sum(r.tokens for r in rows)))
+        half = len(largest) // 2  # 0 if no micro-batch can be divided: an empty one is left
+        micro_batches.append(largest[half:])
+        del largest[half:]
+    return [[row.members for row in rows] for rows in micro_batches]
 
 
 @dataclass

@@ -16,10 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine import compute_dtype
+from records import reraise_missing
 from reinforce_pp import token_log_probs
 
-# Timeout of collectives: how far one rank's rollout may lag behind another's. If a rank dies, the
-# others end at once all the same.
+# Timeout of collectives: how far a rank's rollout may lag behind another's. If a process dies, the
+# others end at once all the same; if a node does, they may wait for it as long as this.
 COLLECTIVE_TIMEOUT = timedelta(hours=3)
 # Options of configurations that change the logits behind the head.
 LOGIT_RESCALINGS = """
@@ -143,11 +144,8 @@ def refuse_unsupported(model: str, max_context: int) -> None:
     Raises:
         ValueError: names what is not supported.
     """
-    try:
+    with reraise_missing(f"--model {model}", "; use another model"):
         lm = meta_model(model)
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"--model {model}: {reason}; use another model") from None
     config = lm.config
     head_bias = getattr(lm.get_output_embeddings(), "bias", None)
     rescaled = any(getattr(config, name, None) for name in LOGIT_RESCALINGS)

@@ -75,6 +75,20 @@ def reraise_corrupt(path: str | Path, remedy: str = "build it again") -> Iterato
 
 
 @contextmanager
+def reraise_missing(what: str, remedy: str = "") -> Iterator[None]:
+    """Say in one line that a library could not find or open something.
+
+    Raises:
+        ValueError: `what`, the first line of the library's OSError or ValueError, and `remedy`.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ValueError(f"{what}: {reason}{remedy}") from None
+
+
+@contextmanager
 def reraise_unwritten(path: str | Path) -> Iterator[None]:
     """Name the file or folder that a library could not write, as on a full disk.
 
@@ -179,6 +193,7 @@ class Journal:
                 before, *self.records = [json.loads(line) for line in lines]
                 before = dict(before)
                 json.dumps(self.records, ensure_ascii=False).encode()  # no lone surrogates
+        if self.records:  # a call that was refused before its first record binds no other
             refuse_changed_settings(path, before, settings, "remove it to begin again")
         write_jsonl(path, [settings, *self.records])
         self.file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 a line at a time
@@ -305,14 +320,19 @@ def read_passages(path: str | Path) -> list[Passage]:
 
 
 def answer_texts(answers: str | bool | list | None) -> list[str]:
-    """Answers as data sets write them (one or a list, booleans for yes and no, null) as texts."""
+    """Answers as data sets write them (one or a list, booleans for yes and no, null) as texts.
+
+    Raises ValueError for anything else, such as SQuAD's dictionaries.
+    """
     answers = answers if isinstance(answers, list) else [answers]
     texts = []
     for answer in answers:
         if isinstance(answer, bool):
             texts.append("yes" if answer else "no")
-        elif answer is not None:
+        elif isinstance(answer, str | int | float):
             texts.append(str(answer).strip())
+        elif answer is not None:
+            raise ValueError(f"an answer that is neither text nor number: {answer!r:.100}")
     return texts
 
 

@@ -135,15 +135,10 @@ class Trainer:
         )
 
     def plan(self, batch: Batch, chosen: list[int]) -> list[list[list[int]]]:
-        """This rank's micro-batches of the chosen episodes.
-
-        All ranks get the same number of micro-batches: short lists are filled up with empty ones,
-        so that collectives cannot hang.
-        """
+        """This rank's micro-batches of the chosen episodes, as many as any other rank has."""
         sequences = {i: batch.episodes[i].token_ids for i in chosen}
-        micro_batches = plan_micro_batches(sequences, self.config.micro_batch_tokens)
-        micro_batches += [[]] * (-len(micro_batches) % self.world)
-        return micro_batches[self.rank :: self.world]
+        budget = self.config.micro_batch_tokens
+        return plan_micro_batches(sequences, budget, self.world)[self.rank :: self.world]
 
     def forward(
         self, model: Policy, batch: Batch, rows: list[list[int]]

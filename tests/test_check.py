@@ -76,6 +76,14 @@ def no_chat_template(folder):
     return ["--prompt_file", "chat"]
 
 
+def no_tokenizer(folder):
+    config = json.loads((folder / "config.json").read_text())
+    for file in folder.glob("*token*"):
+        file.unlink()
+    config |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def no_question_in_the_prompt(folder):
     Path("p.txt").write_text("Answer it.")
 
@@ -126,6 +134,7 @@ def run_with_other_options(folder):
         (no_model, "model", "nowhere/at-all"),
         (sliding_window, "model", "attend to 8 tokens only; use another model"),
         (short_context, "model", "takes 2048 tokens; lower --max_context"),
+        (no_tokenizer, "prompt", "no tokenizer"),
         (no_chat_template, "prompt", "needs a chat template"),
         (no_question_in_the_prompt, "prompt", "{question} exactly once"),
         (long_prompt, "prompt", "of --max_context 768 tokens are left"),

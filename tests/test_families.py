@@ -46,6 +46,8 @@ def test_a_family_trains_on_one_rank_and_on_two(ranks, family_folder, tmp_path, 
     chats_on_one = "qwen" in family_folder
     prompt = "chat" if (ranks == 1) == chats_on_one else "base"
     options = {"engine": "vllm", "steps": 2, "prompt_file": prompt, "max_context": 1600}
+    # All questions, and a penalty, so that every step has a gradient, whatever was sampled.
+    options |= {"prompts_per_step": 8, "samples_per_prompt": 2, "kl_coef": 0.1}
     config = dataclasses.replace(world, **options, algorithm="reinforce++", reward="stage1")
     if ranks == 1:
         train.train(config, Path("a"))

@@ -79,16 +79,19 @@ def test_a_shared_row_computes_the_prefix_once():
 @given(
     st.lists(st.tuples(st.integers(1, 3), st.integers(1, 60), st.integers(1, 80)), max_size=24),
     st.integers(50, 400),
+    st.integers(1, 5),
 )
-def test_a_plan_holds_every_sequence_once_within_the_budget(drawn, budget):
+def test_a_plan_holds_every_sequence_once_within_the_budget(drawn, budget, ranks):
     """Drawn are (question, length of its prompt, length of the rest)."""
     sequences = {}
     for number, (question, prompt, rest) in enumerate(drawn):
         sequences[10 * number] = [question] * prompt + [100 + number] * rest
-    plan = plan_micro_batches(sequences, budget)
+    plan = plan_micro_batches(sequences, budget, ranks)
+    assert len(plan) % ranks == 0
+    assert all(plan) or max(map(len, plan)) == 1  # no rank idles while another could be relieved
     planned = sorted(index for rows in plan for row in rows for index in row)
     assert planned == list(sequences)
-    for rows in plan:
+    for rows in filter(None, plan):
         packed = []
         for row in rows:
             packed.append([(sequences[i], [0] * len(sequences[i])) for i in row])
@@ -105,6 +108,14 @@ def test_a_micro_batch_is_of_shared_rows_or_of_plain_rows():
     shared = {i: [1] * 50 + [i] * 20 for i in range(2)}
     plain = {10 + i: [10 + i] * (60 + 20 * i) for i in range(3)}
     assert plan_micro_batches(shared | plain, 10_000) == [[[0, 1]], [[12], [11], [10]]]
+
+
+def test_ranks_share_what_would_fit_into_one_micro_batch():
+    sequences = {i: [i] * (70 - i) for i in range(6)}
+    assert plan_micro_batches(sequences, 1000) == [[[0], [1], [2], [3], [4], [5]]]
+    assert plan_micro_batches(sequences, 1000, 2) == [[[0], [1], [2]], [[3], [4], [5]]]
+    assert [len(rows) for rows in plan_micro_batches(sequences, 1000, 4)] == [1, 1, 2, 2]
+    assert sorted(map(len, plan_micro_batches(sequences, 1000, 8))) == [0, 0, 1, 1, 1, 1, 1, 1]
 
 
 def test_samples_of_one_question_share_a_row_and_unlike_sequences_do_not():

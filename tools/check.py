@@ -23,8 +23,9 @@ from answerability import FIRST, are_answered, in_first_passages
 from checkpoint import KEEP_CHECKPOINTS
 from config import STAGE_2, Arguments, Config, parse_arguments
 from engine import compute_dtype
+from inference import open_tokenizer
 from policy import meta_model, refuse_unsupported
-from records import read_questions, user_errors
+from records import read_questions, reraise_missing, user_errors
 from reinforce_pp import HEAD_CHUNK
 from retriever import open_retriever
 from reward import load_prompt
@@ -94,6 +95,7 @@ class Checks:
     def __init__(self, check: Check):
         self.check, self.config = check, check.config
         self.found = None  # the model without storage, once `model` has found it
+        self.on_gpus = check.preset != "demo" or torch.cuda.is_available()  # here or elsewhere
 
     @property
     def lm(self):
@@ -114,14 +116,11 @@ class Checks:
 
     def model(self) -> str:
         config = self.config
-        try:
+        remedy = "; give a model folder, or fetch it: hf download OWNER/NAME"
+        if config.model == STAGE_2["model"]:
+            remedy = "; train stage 1 first, or give --model"
+        with reraise_missing(f"--model {config.model}", remedy):
             self.found = meta_model(config.model)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            remedy = "give a model folder, or fetch it: hf download OWNER/NAME"
-            if config.model == STAGE_2["model"]:
-                remedy = "train stage 1 first, or give --model"
-            raise ValueError(f"--model {config.model}: {reason}; {remedy}") from None
         shape = self.lm.config
         refuse_unsupported(config.model, config.max_context)
         longest = getattr(shape, "max_position_embeddings", config.max_context)
@@ -131,10 +130,8 @@ class Checks:
         return f"{shape.model_type}, {millions:,.0f} M parameters, {longest:,} tokens"
 
     def prompt(self) -> str:
-        from transformers import AutoTokenizer
-
         config, _ = self.config, self.lm  # without a model there is no tokenizer
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        tokenizer = open_tokenizer(config.model)
         encode = prompt_encoder(tokenizer, load_prompt(config.prompt_file))
         ids = encode("Who directed the film Red Harbor?")
         left = config.max_context - len(ids)
@@ -179,8 +176,7 @@ class Checks:
         return f"{episodes:,} episodes, at most {tokens:,} tokens"
 
     def memory(self) -> str:
-        on_gpus = self.check.preset != "demo" or torch.cuda.is_available()
-        return self.gpu_memory() if on_gpus else self.host_memory()
+        return self.gpu_memory() if self.on_gpus else self.host_memory()
 
     def gpu_memory(self) -> str:
         config, ranks = self.config, self.check.gpus
@@ -195,7 +191,9 @@ class Checks:
         gradients = 4 * self.parameters / ranks  # they are freed before a rollout
         host = ""
         if config.cpu_offload:
-            host = f"; {shared * ranks / GB:.0f} GB of host memory on all nodes together"
+            # PyTorch rounds pinned blocks, parameters and gradients, up to powers of two.
+            pinned = shared * ranks + 8 * self.parameters
+            host = f"; up to {pinned / GB:.0f} GB of host memory on all nodes together"
             shared = gradients = 0.0
         largest = 2 * self.lm.config.vocab_size * self.lm.config.hidden_size  # on its way to it
         training, rolling_out = shared + own, shared - gradients + awake + largest
@@ -220,9 +218,8 @@ class Checks:
     def host_memory(self) -> str:
         itemsize = compute_dtype().itemsize
         shared, own = training_bytes(self.lm, self.config, 1, itemsize)
-        whole = itemsize * self.parameters  # kept from one micro-batch to the next
-        engine = itemsize * self.parameters + 2**30  # weights, and cache
-        needed = shared + own + whole + engine
+        # Weights, kept from one micro-batch to the next, and the engine's; its cache.
+        needed = shared + own + 2 * itemsize * self.parameters + 2**30
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
         share = f"about {needed / GB:.1f} GB of this machine's {memory / GB:.0f}"
         if needed > memory:
@@ -234,7 +231,8 @@ class Checks:
         parameters = self.parameters
         best = config.eval_every > 0
         checkpoints = KEEP_CHECKPOINTS + 1 + best  # one is written before the oldest goes
-        needed = parameters * (checkpoints * 12 + (1 + best) * compute_dtype().itemsize)
+        itemsize = 2 if self.on_gpus else compute_dtype().itemsize
+        needed = parameters * (checkpoints * 12 + (1 + best) * itemsize)
         out = self.check.out_folder
         there = next(path for path in [out, *out.absolute().parents] if path.exists())
         free = shutil.disk_usage(there).free

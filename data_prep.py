@@ -21,6 +21,7 @@ import zipfile
 import zlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -164,7 +165,8 @@ def make_corpus(source: str, out: Path, format: Literal[tuple(FORMATS)]) -> None
     Args:
         source: file (also .gz, .bz2, .zip), folder of files, or hf://datasets/OWNER/NAME/FILE
         out: passage file to write
-        format: wiki-18: Search-R1's and FlashRAG's; hotpotqa: its abstracts
+        format: kilt: articles, cut every 100 words; wiki-18: Search-R1's and FlashRAG's; hotpotqa:
+            its abstracts
     """
     refuse_to_overwrite(out)
     path = local_file(source)
@@ -181,16 +183,6 @@ def make_corpus(source: str, out: Path, format: Literal[tuple(FORMATS)]) -> None
             raise ValueError(f"{source}: it holds no line of the format {format}")
         fsync_and_rename(partial, out)
     print(f"{out}: {count} passages")
-
-
-def make_kilt(source: str, out: Path) -> None:
-    """Cut KILT's knowledge source into passages of 100 words.
-
-    Args:
-        source: file (also .gz, .bz2, .zip), folder of files, or hf://datasets/OWNER/NAME/FILE
-        out: passage file to write
-    """
-    make_corpus(source, out, "kilt")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -223,10 +215,10 @@ def search_r1_fields(record: dict) -> dict:
     Its question may stand only at the end of its prompt.
     """
     dataset = record["data_source"]
-    question = record.get("question") or record["prompt"][-1]["content"]
+    question = record.get("question") or record["prompt"][-1]["content"].rpartition("Question: ")[2]
     return {
         "id": f"{dataset}-{record['extra_info']['index']}",
-        "question": question.rpartition("Question: ")[2],
+        "question": question,
         "golden_answers": record["reward_model"]["ground_truth"]["target"],
         "dataset": dataset,
     }
@@ -371,6 +363,8 @@ def make_mix(
             text = normalize(question["question"])
             if text not in taken:
                 taken.add(text)
+                # FlashRAG numbers the questions of each data set from 0, Search-R1 those of a file.
+                question["id"] = f"{question['dataset']}-{file.stem}-{question['id']}"
                 pools[question["dataset"], question["difficulty"]].append(question)
     missing = []
     for pool, count in counts.items():
@@ -383,14 +377,13 @@ def make_mix(
     for pool, count in counts.items():
         drawn += rng.sample(pools[pool], count)
     rng.shuffle(drawn)
-    # FlashRAG numbers the questions of each data set from 0.
-    write_jsonl(out, [{**q, "id": f"{q['dataset']}-{q['id']}"} for q in drawn])
+    write_jsonl(out, drawn)
     print(f"{out}: {len(drawn)} questions")
 
 
 def main(argv: list[str] | None = None) -> None:
     commands = {
-        "kilt": make_kilt,
+        "kilt": partial(make_corpus, format="kilt"),
         "corpus": make_corpus,
         "questions": make_questions,
         "difficulty": make_difficulty,

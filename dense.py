@@ -19,6 +19,7 @@ from records import (
     parse_passage,
     replace_surrogates,
     reraise_corrupt,
+    reraise_missing,
     reraise_unwritten,
     scan_passages,
 )
@@ -56,11 +57,8 @@ class Encoder:
         if torch.cuda.is_available():
             device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         options = {"use_safetensors": True}  # weights are never read from a pickle
-        try:
+        with reraise_missing(f"{model}: no encoder there"):
             self.model = SentenceTransformer(model, device=device, model_kwargs=options)
-        except (OSError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise ValueError(f"{model}: no encoder there ({reason})") from None
         if device != "cpu":
             self.model.half()
         for pattern, prompts in PROMPTS.items():

@@ -40,6 +40,7 @@ from records import (
     write_text,
 )
 from reward import METRICS, best, contiguous_match
+from search_client import url_path
 
 # --------------------------------------------------------------------------------------------------
 # run: answer question files
@@ -344,6 +345,7 @@ def judge(
             raise ValueError(f"{out}: {holds}; change --out or remove it")
     if concurrency < 1:
         raise ValueError(f"--concurrency {concurrency}: at least 1")
+    url_path(base_url)  # refuses what is none
     settings = {"server": base_url, "model": model, "prompt": JUDGE_PROMPT.replace("\n", " ")}
     journal = Journal(out.with_name(f"{out.name}.replies"), settings)
     add_verdicts(outputs, journal, base_url, model, concurrency)

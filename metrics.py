@@ -105,6 +105,7 @@ def measure_by_dataset(
     """`measure` of each dataset and, where there are several, of all records as "all"."""
     groups = group_by_dataset(records)
     if len(groups) > 1:
+        groups.pop("all", None)  # a dataset of this name has no row of its own
         groups["all"] = records
     return {name: measure([metrics_of(record) for record in own]) for name, own in groups.items()}
 

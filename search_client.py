@@ -4,11 +4,10 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
-from urllib.parse import urlsplit
 
 import urllib3
 
-from records import MALFORMED, Passage, parse_passage, replace_surrogates
+from records import MALFORMED, Passage, parse_passage, replace_surrogates, reraise_missing
 
 UNAVAILABLE = [429, 502, 503, 504]  # statuses of a server that cannot answer at present
 # A failed request is sent again up to 6 times within about a minute: after 0, 2, 4, 8, 16 and 32
@@ -57,6 +56,12 @@ def fetch_json(method: str, url: str, **request: Any) -> dict:
     raise ConnectionError(message) if is_silent else RuntimeError(message)
 
 
+def url_path(url: str) -> str:
+    """The path of a URL, without a slash at its end; raises ValueError for what is no URL."""
+    with reraise_missing(f"{url}: not the address of a server"):
+        return (urllib3.util.parse_url(url).path or "").rstrip("/")
+
+
 @contextmanager
 def expected_shape(url: str) -> Iterator[None]:
     """Turn what parsing an answer raises (MALFORMED) into a RuntimeError of one line."""
@@ -76,7 +81,7 @@ class Remote:
 
     def __init__(self, url: str):
         self.url = url
-        self.path = "/" + urlsplit(url).path.rstrip("/").rpartition("/")[2]
+        self.path = "/" + url_path(url).rpartition("/")[2]
         if self.path not in ("/search", "/queries", "/retrieve"):
             self.url = url.rstrip("/") + "/search"
 

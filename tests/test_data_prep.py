@@ -240,14 +240,20 @@ def test_search_r1s_training_set_of_two_data_sets(tmp_path):
         prompt = [{"role": "user", "content": f"Answer it. Question: who is in {dataset}?\n"}]
         truth = {"ground_truth": {"target": answers}, "style": "rule"}
         info = {"index": 0, "split": "train"}
-        record = {"data_source": dataset, "prompt": prompt, "reward_model": truth}
+        record = {"data_source": dataset, "prompt": prompt, "reward_model": truth, "question": None}
         records.append(record | {"extra_info": info})
+    asked = {
+        "question": 'Who hosts "Question: Time"?',
+        "extra_info": {"index": 1, "split": "train"},
+    }
+    records.append(records[-1] | asked)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), tmp_path / "train.parquet")
     source = tmp_path / "train.parquet"
     call("questions", "--format", "search-r1", "--source", source, "--out", tmp_path / "q")
     assert [tuple(question.values()) for question in read_questions(tmp_path / "q")] == [
         ("nq-0", "who is in nq?", ["A"], "nq"),
         ("hotpotqa-0", "who is in hotpotqa?", ["B", "C"], "hotpotqa"),
+        ("hotpotqa-1", 'Who hosts "Question: Time"?', ["B", "C"], "hotpotqa"),
     ]
 
 
@@ -459,15 +465,16 @@ def test_other_wrong_calls_of_mix_are_refused(mix, tmp_path, capsys):
     assert (tmp_path / "out").read_text() == "mine"
 
 
-def test_a_mix_of_data_sets_that_number_alike_is_one_to_train_on(tmp_path):
-    """As FlashRAG's do; two questions of one id would be refused."""
-    for dataset in ("hotpotqa", "2wiki"):
-        rows = [counted(dataset, n, 5) | {"id": f"train_{n}"} for n in range(3)]
-        (tmp_path / dataset).write_text(jsonl(rows))
-    draws = ("hotpotqa:easy:3", "2wiki:easy:3")
-    files = (tmp_path / "hotpotqa", tmp_path / "2wiki")
+def test_a_mix_of_files_that_number_alike_is_one_to_train_on(tmp_path):
+    """FlashRAG's data sets do, and Search-R1's files; two questions of one id would be refused."""
+    files = []
+    for number, dataset in enumerate(["hotpotqa", "2wiki", "2wiki"]):
+        rows = [counted(dataset, n + 10 * number, 5) | {"id": f"train_{n}"} for n in range(3)]
+        files.append(tmp_path / f"{number}.jsonl")
+        files[-1].write_text(jsonl(rows))
+    draws = ("hotpotqa:easy:3", "2wiki:easy:6")
     call("mix", "--draw", *draws, "--questions", *files, "--out", tmp_path / "out")
-    assert len(read_questions(tmp_path / "out")) == 6
+    assert len(read_questions(tmp_path / "out")) == 9
 
 
 def test_hidden_files_of_a_corpus_folder_are_left_out(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from pytest_httpserver import HTTPServer
 from tiny import launch
+from transformers import AutoConfig
 from werkzeug import Request, Response
 
 import evaluate
@@ -200,6 +201,11 @@ def test_impossible_values_are_refused_by_name(arguments, flag, capsys):
     assert f"{name} must be" in refused([*arguments, flag], capsys)
 
 
+def test_a_refused_call_binds_no_later_one(arguments, capsys):
+    assert "--temperature must be" in refused([*arguments, "--temperature=3"], capsys)
+    evaluate.main([*arguments, "--limit=1"])
+
+
 def test_evaluations_whose_folders_share_a_name_stand_with_their_paths(tmp_path):
     folders = [tmp_path / run / "eval" for run in "ab"]
     for folder in folders:
@@ -270,12 +276,15 @@ def test_two_changed_trees_of_one_commit_have_two_names(tmp_path, monkeypatch):
 
 @pytest.fixture
 def unfinished(arguments, tmp_path):
-    """Evaluate; then leave of the evaluation its transcripts and a journal that holds nothing."""
+    """Evaluate; then leave of the evaluation its transcripts and a journal of the first answer."""
     evaluate.main(arguments)
     metrics_file = tmp_path / "out" / "metrics.json"
     protocol = json.loads(metrics_file.read_text())["protocol"]
     metrics_file.unlink()
-    return write_lines(tmp_path / "out" / "answered.jsonl.partial", [protocol])
+    first, *_ = read_lines(tmp_path / "out" / "transcripts.jsonl")
+    journal = tmp_path / "out" / "answered.jsonl.partial"
+    records.write_jsonl(journal, [protocol, first])
+    return journal
 
 
 def test_an_unfinished_evaluation_does_not_go_on_with_other_software(
@@ -388,6 +397,15 @@ def test_what_is_missing_is_named(arguments, capsys):
     assert "--questions" in refused([*arguments, "--questions"], capsys)
     error = refused([*arguments, "--model=no/such/folder"], capsys)
     assert error.startswith("evaluate.py: no/such/folder: neither a model folder")
+    error = refused([*arguments, "--retriever=http://[::1:80"], capsys)
+    assert "http://[::1:80: not the address of a server" in error
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_model_without_a_tokenizer_is_named(arguments, family, tmp_path, capsys):
+    """Of no files transformers makes an empty tokenizer for some families, an error for others."""
+    AutoConfig.for_model(family).save_pretrained(tmp_path / "m")
+    assert "m: no tokenizer" in refused([*arguments, f"--model={tmp_path / 'm'}"], capsys)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -532,6 +550,15 @@ def test_a_judge_that_is_not_there(judge_server, tmp_path, monkeypatch, capsys):
     judge_incompletely([*arguments, "--base_url=http://127.0.0.1:9/v1"])
     out, err = capsys.readouterr()
     assert "without reply 2" in err and "ACC_L over all 2 questions: none" in out
+
+
+def test_a_judge_whose_address_is_none_is_refused_and_binds_no_later_call(
+    judge_server, tmp_path, capsys
+):
+    arguments = judge_arguments(judge_server, tmp_path, ["good 1?"])
+    error = refused([*arguments, "--base_url=http://127.0.0.1:port/v1"], capsys)
+    assert "http://127.0.0.1:port/v1: not the address of a server" in error
+    evaluate.main(arguments)
 
 
 def test_verdicts_of_another_judge_are_not_overwritten(judge_server, tmp_path, capsys):

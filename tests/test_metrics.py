@@ -64,6 +64,8 @@ def test_datasets_are_measured_apart_and_together():
     ]
     assert results["all"]["em"] == pytest.approx(1 / 3)
     assert list(measure_by_dataset([record("one")])) == ["one"]
+    named_all = measure_by_dataset([record("all"), record("all"), record("zz", "x")])
+    assert [(name, result["n"]) for name, result in named_all.items()] == [("zz", 1), ("all", 3)]
 
 
 def test_intervals_are_those_of_the_binomial():

@@ -78,6 +78,8 @@ def test_questions_in_both_formats(tmp_path):
         {"id": 1, "question": "", "answers": ["a"]},
         {"id": 1, "question": "Who?", "answers": []},
         {"id": 1, "question": "Who?", "answer": None},
+        {"id": 1, "question": "Who?", "answers": {"text": ["a"], "answer_start": [3]}},  # SQuAD
+        {"id": 1, "question": "Who?", "answers": [["a", "b"]]},
         {"question": "Who?", "answer": "a"},
     ],
 )

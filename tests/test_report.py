@@ -242,6 +242,8 @@ def test_plot(tmp_path, capsys):
     out = tmp_path / "c.png"
     report.main(["plot", *runs, "--evaluations", str(done), "--out", str(out)])
     assert out.read_bytes()[:4] == b"\x89PNG" and "eval d" in capsys.readouterr().out
+    report.main(["plot", *runs, "--out", str(tmp_path / "c.html")])  # a PNG whatever its name
+    assert (tmp_path / "c.html").read_bytes() == out.read_bytes()
     (tmp_path / "stage1" / "metrics.jsonl").write_text('{"reward": 1}\n')
     assert "metrics.jsonl:1" in refused(capsys, "plot", *runs)
 

@@ -100,7 +100,7 @@ def test_search_r1_gets_400_answers_in_order_from_one_request(server):
         scored.append(hits)
     url = server.url + "/retrieve"
     assert len(queries) == 400
-    assert post(url, queries=queries, topk=3, return_scores=True) == {"result": scored}
+    assert post(url, queries=queries, k=None, topk=3, return_scores=True) == {"result": scored}
     documents = [hit["document"] for hit in scored[0]]
     assert post(url, queries=queries[:1]) == {"result": [documents]}
 

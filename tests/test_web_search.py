@@ -16,7 +16,7 @@ SERPER = {
         {
             "title": "Red Harbor",
             "link": "https://a.example",
-            "snippet": "A film &amp; more\nby Lane.",
+            "snippet": "A film &amp; more\nby&#10;Lane.",
         },
         {"title": "No snippet", "link": "https://b.example", "position": 2},
     ],

@@ -67,7 +67,7 @@ def plot(
     axes[0, 0].legend()
     for axis in axes[1]:
         axis.set_xlabel("rollout batches")
-    figure.savefig(out, dpi=120)
+    figure.savefig(out, format="png", dpi=120)
 
     for folder in runs:
         files = [folder / name for name in ("model", "metrics.jsonl", "trajectories.jsonl")]
@@ -168,7 +168,7 @@ def learning(folders: tyro.conf.Positional[list[Path]], out: Path = Path("learni
         axis.set_xlabel(f"rollout batches (stage 2 from {ends[0] + 1})")
         axis.grid(alpha=0.3)
         axis.legend()
-    figure.savefig(out, dpi=120)
+    figure.savefig(out, format="png", dpi=120)
     print(told)
     print(f"learning: {out}")
 

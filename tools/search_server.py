@@ -94,7 +94,7 @@ def parse_request(body: bytes) -> SearchRequest:
     try:
         fields = json.loads(body)
         queries = fields["queries"]
-        k = fields.get("k", fields.get("topk"))
+        k = fields["k"] if fields.get("k") is not None else fields.get("topk")
         return_scores = bool(fields.get("return_scores"))
     except MALFORMED as error:
         raise ValueError(f'expected {{"queries": [..], "k": ..}}, got {error!r:.200}') from None

@@ -53,8 +53,8 @@ PROVIDERS = {"serper": Serper, "brave": Brave}
 
 def make_passage(address: str, title: str, snippet: str | None) -> Passage:
     """A hit as a passage: plain text on one line."""
-    title = html.unescape(" ".join(title.split()))
-    text = html.unescape(" ".join((snippet or "").split()))
+    title = " ".join(html.unescape(title).split())
+    text = " ".join(html.unescape(snippet or "").split())
     return parse_passage({"id": address, "title": title, "text": text})
 
 

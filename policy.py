@@ -66,16 +66,24 @@ def gather(mine: list) -> list[list]:
     return shares
 
 
-def abort_process(error: BaseException) -> None:
-    """End this process at once: sys.exit would wait for collectives that other ranks never join."""
+def end_process(error: BaseException | None = None) -> None:
+    """End this process at once, with the status that is due to the error, if there is one.
+
+    Python's own end would wait for collectives that other ranks never join, and vLLM's exit handler
+    would destroy process groups a second time.
+    """
     if isinstance(error, SystemExit) and not error.code:
         raise error
+    status = 0
     try:
-        if not isinstance(error, SystemExit):
+        if isinstance(error, SystemExit):
+            status = 2
+        elif error is not None:
+            status = 1
             traceback.print_exception(error)
         sys.stdout.flush()
     finally:  # also where nothing can be written any more
-        os._exit(2 if isinstance(error, SystemExit) else 1)
+        os._exit(status)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -117,6 +117,7 @@ class RunFolder:
                 refuse_changed_run(self.path, self.settings)
             yield
         finally:
+            self._close_loggers()
             file_lock.release()
 
     def find_progress(self, resume: bool) -> tuple[Path | None, Progress, bool]:
@@ -220,6 +221,15 @@ class RunFolder:
                 self.board.add_scalar(name, value, metrics["step"])
         values = "  ".join(f"{name} {metrics[name]:.3f}" for name in SHOWN if name in metrics)
         self.print_rank0(f"step {metrics['step']:4d}  {values}")
+
+    def _close_loggers(self) -> None:
+        """Write what they still hold: a process of train.py ends without Python's exit handlers."""
+        if self.board is not None:
+            self.board.close()
+            if self.logger == "wandb":
+                import wandb
+
+                wandb.finish()
 
     def print_rank0(self, line: str) -> None:
         """Print above the progress bars."""

@@ -40,7 +40,7 @@ from metrics import episode_record, summarize
 from packing import pack, plan_micro_batches
 from policy import (
     Policy,
-    abort_process,
+    end_process,
     load_policy,
     peak_memory_gib,
     refuse_unsupported,
@@ -430,5 +430,5 @@ if __name__ == "__main__":
     try:
         main()
     except BaseException as error:
-        abort_process(error)
-    dist.destroy_process_group()  # its threads must not outlive the interpreter (pytorch#179291)
+        end_process(error)
+    end_process()

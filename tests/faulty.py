@@ -27,7 +27,7 @@ import run_folder
 import sampler
 import signals
 import train
-from policy import abort_process
+from policy import end_process
 from rollout import Rollout
 
 
@@ -106,4 +106,4 @@ if __name__ == "__main__":
     try:
         train.main(arguments)
     except BaseException as error:
-        abort_process(error)
+        end_process(error)

@@ -191,9 +191,13 @@ def test_a_journal_of_other_questions_is_refused(command, tmp_path, capsys):
 def test_a_killed_call_does_not_go_on_with_a_changed_file(
     command, tmp_path, model_folder, monkeypatch, capsys, file
 ):
+    def die_after_one(rollouts, **_):
+        yield next(rollouts)
+        raise ZeroDivisionError
+
     shutil.copytree(model_folder, tmp_path / "model")
     command += [f"--model={tmp_path / 'model'}", f"--out={tmp_path / 'out'}"]
-    monkeypatch.setattr("difficulty.tqdm", lambda rollouts, **_: 1 / 0)  # the call dies here
+    monkeypatch.setattr("difficulty.tqdm", die_after_one)
     with pytest.raises(ZeroDivisionError):
         data_prep.main(command)
     content = (tmp_path / file).read_text()

@@ -671,6 +671,14 @@ def test_the_real_vllm_on_two_ranks_then_resumed_on_one(world):
             assert episode.log_probs[t] == pytest.approx(expected, abs=1e-3)
 
 
+def test_a_process_that_used_vllm_ends_without_a_traceback(world):
+    config = dataclasses.replace(world, engine="vllm", steps=1)
+    words = [sys.executable, *command(config, "a")]
+    result = subprocess.run(words, capture_output=True, text=True)
+    assert result.returncode == 0 and Path("a/model").is_dir()
+    assert "Traceback" not in result.stderr
+
+
 def trajectories_of(run: str) -> list[tuple]:
     records = map(json.loads, Path(run, "trajectories.jsonl").read_text().splitlines())
     return [(r["step"], r["question"]["id"], r["seed"], r["token_ids"]) for r in records]

@@ -191,9 +191,9 @@ class Checks:
         gradients = 4 * self.parameters / ranks  # they are freed before a rollout
         host = ""
         if config.cpu_offload:
-            # PyTorch rounds pinned blocks, parameters and gradients, up to powers of two.
-            pinned = shared * ranks + 8 * self.parameters
-            host = f"; up to {pinned / GB:.0f} GB of host memory on all nodes together"
+            # Parameters and gradients are pinned, in blocks that PyTorch rounds to powers of two.
+            at_most = shared * ranks + 8 * self.parameters
+            host = f"; up to {at_most / GB:.0f} GB of host memory on all nodes together"
             shared = gradients = 0.0
         largest = 2 * self.lm.config.vocab_size * self.lm.config.hidden_size  # on its way to it
         training, rolling_out = shared + own, shared - gradients + awake + largest

@@ -1,12 +1,12 @@
-"""Packing: sequences that begin alike compute their common prefix once.
+"""Packing: sequences that begin alike compute this beginning once.
 
 The gradient is that of separate sequences; only the computation is shared. Shapes: R rows of a
 micro-batch, L tokens of a row, N action tokens of a micro-batch.
 """
 
 from dataclasses import dataclass
-from functools import reduce
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,33 +17,24 @@ MAX_SHARED_ROW = 1536
 MAX_ADDED_SHARE = 0.5
 
 
-def common_prefix(one: list[int], other: list[int]) -> list[int]:
-    """The longest common prefix of two lists of token ids."""
+def common_length(one: list[int], other: list[int]) -> int:
+    """Length of the longest common prefix of two lists of token ids."""
     for length, (a, b) in enumerate(zip(one, other, strict=False)):
         if a != b:
-            return one[:length]
-    return min(one, other, key=len)
+            return length
+    return min(len(one), len(other))
 
 
 @dataclass
 class Row:
-    """Sequences that share a row: their common prefix, then the remainder of each."""
+    """Sequences that share a row. Each adds what it does not have in common with the one before."""
 
     members: list[int]  # indices of the sequences
-    prefix: list[int]  # token ids
-    tokens: int  # of the prefix and all remainders
+    tokens: int  # of the row
 
     @property
     def is_shared(self) -> bool:
         return len(self.members) > 1
-
-    def join(self, index: int, sequence: list[int]) -> "Row":
-        """This row with one more sequence, whose start may shorten the common prefix."""
-        prefix = common_prefix(self.prefix, sequence)
-        # Tokens that leave the prefix are stored once per member; the prefix held one copy.
-        copies = (len(self.prefix) - len(prefix)) * (len(self.members) - 1)
-        tokens = self.tokens + copies + len(sequence) - len(prefix)
-        return Row([*self.members, index], prefix, tokens)
 
 
 def plan_micro_batches(
@@ -51,28 +42,30 @@ def plan_micro_batches(
 ) -> list[list[list[int]]]:
     """Micro-batches of rows of sequences, for `pack`.
 
-    A sequence joins the row before it where that saves enough. Rows are sorted by length, so that
-    the rows of a micro-batch are alike and padding is small. Shared and plain rows never mix: one
-    shared row would give all rows of its micro-batch a dense mask. The largest micro-batches are
-    divided until all ranks get the same number, so that none idles and no collective can hang.
+    In the order of their token ids, each sequence begins most like the one before it, and joins the
+    row of that one where this saves enough. Rows are sorted by length, so that the rows of a
+    micro-batch are alike and padding is small. Shared and plain rows never mix: one shared row
+    would give all rows of its micro-batch a dense mask. The largest micro-batches are divided until
+    all ranks get the same number, so that none idles and no collective can hang.
 
     Args:
-        sequences: token ids by index; samples of one question are neighbours.
+        sequences: token ids by index.
         budget: tokens of a micro-batch, padding included; a single sequence may exceed it.
         ranks: that share the micro-batches; where rows are too few, some micro-batches are empty.
     Returns:
         For each micro-batch its rows, and for each row the indices of its sequences.
     """
     rows: list[Row] = []
-    for index, sequence in sequences.items():
-        if rows:
-            joined = rows[-1].join(index, sequence)
-            added = joined.tokens - rows[-1].tokens
-            fits = joined.tokens <= min(budget, MAX_SHARED_ROW)
-            if fits and added <= MAX_ADDED_SHARE * len(sequence):
-                rows[-1] = joined
-                continue
-        rows.append(Row([index], sequence, len(sequence)))
+    for index in sorted(sequences, key=sequences.__getitem__):
+        sequence = sequences[index]
+        previous = sequences[rows[-1].members[-1]] if rows else []
+        added = len(sequence) - common_length(previous, sequence)
+        begins_alike = added <= MAX_ADDED_SHARE * len(sequence)
+        if begins_alike and rows[-1].tokens + added <= min(budget, MAX_SHARED_ROW):
+            rows[-1].members.append(index)
+            rows[-1].tokens += added
+        else:
+            rows.append(Row([index], len(sequence)))
     rows.sort(key=lambda row: (row.is_shared, row.tokens), reverse=True)
     micro_batches: list[list[Row]] = []
     for row in rows:
@@ -93,43 +86,52 @@ def plan_micro_batches(
 
 @dataclass
 class PackedRow:
-    """A row as `pack` lays it out; the first three lists are parallel."""
+    """A row as `pack` lays it out: a tree of tokens, in which every sequence is a path."""
 
     ids: list[int]
-    positions: list[int]  # that each token has in its own sequence
-    branches: list[int]  # 0 in the prefix, else the number of the sequence
-    source: list[int]  # for each action token: where the state that predicts it stands in the row
+    parents: list[int]  # of each token: where the one before it stands; a root is its own parent
+    positions: list[int]  # of each token: its place in its own sequence
+    source: list[int]  # of each action token: where the state that predicts it stands
     targets: list[int]  # the action tokens
 
 
 def pack_row(sequences: list[tuple[list[int], list[int]]]) -> PackedRow:
     """Lay out the sequences of one row, each (token ids, action mask)."""
-    actions = [[t for t, acted in enumerate(mask) if acted] for _, mask in sequences]
-    # The last action is predicted but never read, and nothing after it is needed.
-    inputs = []
-    for (ids, _), acted in zip(sequences, actions, strict=True):
-        inputs.append(ids[: acted[-1]] if acted else ids[:1])
-    prefix = reduce(common_prefix, inputs)
-    shared = len(prefix)
-    row = PackedRow(list(prefix), list(range(shared)), [0] * shared, [], [])
-    for number, (ids, _) in enumerate(sequences):
-        begin, length = len(row.ids), len(inputs[number])
-        place = [*range(shared), *range(begin, begin + length - shared)]  # of each token in the row
-        row.source += [place[t - 1] for t in actions[number]]
-        row.targets += [ids[t] for t in actions[number]]
-        row.ids += inputs[number][shared:]
-        row.positions += range(shared, length)
-        row.branches += [number + 1] * (length - shared)
+    row = PackedRow([], [], [], [], [])
+    previous: list[int] = []
+    places: list[int] = []  # of the previous sequence's tokens in the row
+    for ids, mask in sequences:
+        actions = [t for t, acted in enumerate(mask) if acted]
+        # The last action is predicted but never read, and nothing after it is needed.
+        inputs = ids[: actions[-1]] if actions else ids[:1]
+        shared = common_length(previous, inputs)
+        places = places[:shared]
+        for position in range(shared, len(inputs)):
+            place = len(row.ids)
+            row.ids.append(inputs[position])
+            row.parents.append(places[-1] if places else place)
+            row.positions.append(position)
+            places.append(place)
+        row.source += [places[t - 1] for t in actions]
+        row.targets += [ids[t] for t in actions]
+        previous = inputs
     return row
 
 
-def pack(rows: list[list[tuple[list[int], list[int]]]]) -> dict[str, Tensor | None]:
-    """Model inputs for rows of sequences; the sequences of a row share their common prefix.
+def visible_tokens(row: PackedRow, length: int) -> np.ndarray:
+    """(length, length) bool: a token attends to itself and to what its parent attends to."""
+    mask = np.eye(length, dtype=bool)
+    for place, parent in enumerate(row.parents):
+        mask[place] |= mask[parent]
+    return mask
 
-    A row is the longest common prefix of its sequences, then the remainder of each. A remainder
-    sees the prefix and itself, at the positions that it would have alone, so values and gradients
-    are those of separate sequences, while the prefix is computed once. Rows of one sequence are
-    plain right-padded causal rows and need no mask.
+
+def pack(rows: list[list[tuple[list[int], list[int]]]]) -> dict[str, Tensor | None]:
+    """Model inputs for rows of sequences; a sequence shares the beginning of the one before it.
+
+    Each sequence sees its own tokens alone, at the positions that it would have alone, so values
+    and gradients are those of separate sequences, while what begins alike is computed once. Rows of
+    one sequence are plain right-padded causal rows and need no mask.
 
     Args:
         rows: per row its sequences, each (token ids, action mask).
@@ -141,22 +143,20 @@ def pack(rows: list[list[tuple[list[int], list[int]]]]) -> dict[str, Tensor | No
     packed = [pack_row(row) for row in rows]
     length = max(len(row.ids) for row in packed)
 
-    def pad(lists: list[list[int]], value: int) -> Tensor:
-        return torch.tensor([values + [value] * (length - len(values)) for values in lists])
+    def pad(lists: list[list[int]]) -> Tensor:
+        return torch.tensor([values + [0] * (length - len(values)) for values in lists])
 
     source = [number * length + s for number, row in enumerate(packed) for s in row.source]
     targets = [target for row in packed for target in row.targets]
     batch = {
-        "input_ids": pad([row.ids for row in packed], 0),
+        "input_ids": pad([row.ids for row in packed]),
         "position_ids": None,
         "attention_mask": None,
         "source": torch.tensor(source, dtype=torch.long),
         "targets": torch.tensor(targets, dtype=torch.long),
     }
     if any(len(row) > 1 for row in rows):
-        branch = pad([row.branches for row in packed], -1)  # (R, L)
-        same_branch = branch[:, :, None] == branch[:, None, :]  # (R, L, L)
-        in_prefix = branch[:, None, :] == 0
-        batch["position_ids"] = pad([row.positions for row in packed], 0)
-        batch["attention_mask"] = (same_branch | in_prefix).tril()[:, None]
+        batch["position_ids"] = pad([row.positions for row in packed])
+        visible = np.stack([visible_tokens(row, length) for row in packed])
+        batch["attention_mask"] = torch.tensor(visible[:, None])
     return batch

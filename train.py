@@ -10,7 +10,7 @@ textbook in four points:
 2. Episodes are small (ids, masks, numbers), so every rank gathers all of them. Advantages, the plan
    of micro-batches and the metrics are computed from the whole batch, identical on every rank, and
    a run on 1 or on N ranks trains on the same questions with the same seeds.
-3. Sequences that begin alike compute their common prefix once, and an episode whose advantage is 0
+3. Sequences that begin alike compute this beginning once, and an episode whose advantage is 0
    on every token is not computed at all. Both are exact: the gradient is the same.
 4. Every random draw derives from the seed and its place: epoch, step, question, sample, turn. A
    checkpoint stores the step, and needs no data position and no state of random generators.

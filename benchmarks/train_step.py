@@ -7,7 +7,7 @@ The episodes are those that a run of train.py has recorded, all of them in one s
 turns; their tokens are those of the episodes, each with its prompt:
 
     step       train.py's: advantages, micro-batches, clipping, AdamW; the sequences of a row share
-               their common prefix
+               what they begin with alike
     unshared   the same, but every episode computes its whole sequence
     copying    as `step`, but FSDP copies weights and gradients for every micro-batch
     bare       what `unshared` cannot beat: the model, forward and backward, as many tokens in rows

@@ -41,14 +41,16 @@ SEQUENCES = st.lists(st.tuples(st.integers(0, 2), st.booleans()), min_size=2, ma
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(SEQUENCES, min_size=1, max_size=4), st.integers(0, 9))
-def test_a_common_prefix_changes_neither_values_nor_gradients(model, drawn, instructions):
-    """Nor does a prefix that reaches into what the policy sampled."""
+@given(st.lists(SEQUENCES, min_size=1, max_size=6), st.integers(0, 9), st.booleans())
+def test_sharing_changes_neither_values_nor_gradients(model, drawn, instructions, is_sorted):
+    """Whatever the order of the sequences, and where they share what the policy sampled."""
     sequences = []
     for tokens in drawn:
         ids = [7] * instructions + [token for token, _ in tokens]
         mask = [0] * (instructions + 1) + [int(acted) for _, acted in tokens[1:]]
         sequences.append((ids, mask))
+    if is_sorted:
+        sequences.sort()
     if not any(acted for _, mask in sequences for acted in mask):
         return
     shared, shared_grads = run_packed(model, [sequences])
@@ -67,13 +69,19 @@ def test_packed_log_probs_are_those_of_the_plain_model(model):
     assert got.tolist() == pytest.approx([*by_hand, expected[1, 7].item(), *by_hand], abs=1e-5)
 
 
-def test_a_shared_row_computes_the_prefix_once():
-    batch = pack([[([1, 2, 3, 4, 5], [0, 0, 0, 1, 1]), ([1, 2, 6, 7, 8], [0, 0, 0, 1, 1])]])
-    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 6, 7]]  # the last action is never read
-    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3]]
-    assert batch["source"].tolist() == [2, 3, 4, 5] and batch["targets"].tolist() == [4, 5, 7, 8]
-    first_of_second = batch["attention_mask"][0, 0, 4]
-    assert first_of_second.tolist() == [True, True, False, False, True, False]
+def test_what_begins_alike_is_computed_once():
+    mask = [0, 0, 0, 1, 1]
+    row = [([1, 2, 3, 4, 5], mask), ([1, 2, 6, 7, 8], mask), ([1, 2, 6, 9, 8], mask)]
+    batch = pack([[*row, row[-1]]])
+    # The last action is never read. The third sequence shares a token with the second that it does
+    # not share with the first, and the fourth is the third.
+    assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 6, 7, 9]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 3]]
+    assert batch["source"].tolist() == [2, 3, 4, 5, 4, 6, 4, 6]
+    assert batch["targets"].tolist() == [4, 5, 7, 8, 9, 8, 9, 8]
+    visible = [row.nonzero().flatten().tolist() for row in batch["attention_mask"][0, 0]]
+    assert visible[:4] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
+    assert visible[4:] == [[0, 1, 4], [0, 1, 4, 5], [0, 1, 4, 6]]
 
 
 @given(
@@ -116,6 +124,13 @@ def test_ranks_share_what_would_fit_into_one_micro_batch():
     assert plan_micro_batches(sequences, 1000, 2) == [[[0], [1], [2]], [[3], [4], [5]]]
     assert [len(rows) for rows in plan_micro_batches(sequences, 1000, 4)] == [1, 1, 2, 2]
     assert sorted(map(len, plan_micro_batches(sequences, 1000, 8))) == [0, 0, 1, 1, 1, 1, 1, 1]
+
+
+def test_the_row_of_a_sequence_is_that_of_what_begins_most_like_it():
+    one, other = [1] * 50, [1] * 40 + [2] * 30
+    sequences = {0: [*other, 5], 1: [*one, 6], 2: [*other, 7], 3: [*one, 8], 4: [*other, 5]}
+    # A row of both kinds would hold 83 tokens or more.
+    assert plan_micro_batches(sequences, 74) == [[[0, 4, 2]], [[1, 3]]]
 
 
 def test_samples_of_one_question_share_a_row_and_unlike_sequences_do_not():

@@ -10,6 +10,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 from records import Passage, scan_passages, write_text
@@ -48,24 +49,18 @@ def in_first_passages(
 
 def in_any_passage(corpus: Path, questions: list[dict]) -> list[bool]:
     """For each question whether any passage of the file holds an answer. Reads the file once."""
+    answers = [[tuple(normalize(a).split()) for a in q["answers"]] for q in questions]
     missing: dict[str, set[tuple[str, ...]]] = defaultdict(set)  # answers by their first word
-    for question in questions:
-        for answer in question["answers"]:
-            words = tuple(normalize(answer).split())
-            missing[words[0]].add(words)
-    seen = set()
+    for answer in chain(*answers):
+        missing[answer[0]].add(answer)
     for _, passage in scan_passages(corpus):
         for part in (passage["title"], passage["text"]):
             words = normalize(part).split()
             for start, word in enumerate(words):
                 if word in missing:
                     here = {a for a in missing[word] if tuple(words[start : start + len(a)]) == a}
-                    seen |= here
                     missing[word] -= here
-    return [
-        any(tuple(normalize(answer).split()) in seen for answer in question["answers"])
-        for question in questions
-    ]
+    return [any(answer not in missing[answer[0]] for answer in own) for own in answers]
 
 
 def measure_answerability(source: str, questions: list[dict]) -> list[dict[str, bool]]:

@@ -38,7 +38,7 @@ class Config(Inference):
     kl_mode: Literal["reward", "k2", "k3"] = "reward"  # k1 in the reward, or k2 / k3 as a loss
     clip_eps: float = 0.2  # clip range of the ratio
     clip_eps_high: float | None = None  # upper end of the clip range (DAPO: 0.28); None: clip_eps
-    mask_truncated: bool = False  # no gradient from episodes out of tokens or with an empty query
+    mask_truncated: bool = False  # no gradient from episodes out of tokens or with a bad query
     sampler_clip: float = 2.0  # sampler correction within [1/c, c]; 0 switches it off
     sampler_mask: float = 0.0  # no gradient from sequences whose mean ratio leaves [1/c, c]; 0 off
     micro_batch_tokens: int = 32_768  # padded tokens of one forward and backward pass
@@ -48,7 +48,7 @@ class Config(Inference):
     save_every: int = 10  # rollout batches between checkpoints; 0: after evaluations and at the end
     eval_every: int = 0  # rollout batches between evaluations, which save a checkpoint; 0 never
     stop_on_collapse: float = 0.0  # end when log_prob_right stays this far below its best; 0 never
-    collapse_evaluations: int = 2  # for so many evaluations in a row
+    collapse_evaluations: int = 2  # evaluations in a row that must show it
 
 
 LLAMA = {"model": "meta-llama/Llama-3.1-8B-Instruct", "prompt_file": "chat", "kl_coef": 1e-4}
@@ -187,5 +187,7 @@ def check(config: Config) -> None:
         raise ValueError("--updates_per_rollout must be at most --prompts_per_step")
     if config.eval_every and not config.eval_questions:
         raise ValueError("--eval_every needs --eval_questions")
+    if config.eval_every > config.steps:
+        raise ValueError("--eval_every must be at most --steps, or nothing is evaluated")
     if config.stop_on_collapse and not config.eval_every:
         raise ValueError("--stop_on_collapse needs --eval_every")

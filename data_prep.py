@@ -73,36 +73,33 @@ def local_file(source: str) -> Path:
 
 
 # --------------------------------------------------------------------------------------------------
-# Corpora. A format is a function from one line of a published file, and its number, to passages.
+# Corpora. A format is a function from the JSON value of a published file's line to passages.
 
 
-def kilt_passages(line: bytes, number: int) -> list[Passage]:
+def kilt_passages(article: dict) -> list[Passage]:
     """An article of KILT, cut every 100 words as in the official split.
 
     The article's paragraphs are joined first, and two markers of the layout are removed.
     """
-    article = json.loads(line)
     text = "".join(article["text"]).replace("BULLET::::", "").replace("Section::::", "")
     words = text.split()
-    title = article["wikipedia_title"]
-    article_id = article.get("wikipedia_id", number)
     passages = []
     for n, start in enumerate(range(0, len(words), 100)):
+        name = f"{article['wikipedia_id']}-{n}"
         text = " ".join(words[start : start + 100])
-        passages.append({"id": f"{article_id}-{n}", "title": title, "text": text})
+        passages.append({"id": name, "title": article["wikipedia_title"], "text": text})
     return passages
 
 
-def wiki18_passages(line: bytes, number: int) -> list[Passage]:
+def wiki18_passages(passage: dict) -> list[Passage]:
     """A passage of Search-R1's corpus, or of any corpus in our own format."""
-    return [json.loads(line)]
+    return [passage]
 
 
-def hotpotqa_passages(line: bytes, number: int) -> list[Passage]:
+def hotpotqa_passages(abstract: dict) -> list[Passage]:
     """An abstract of HotpotQA's Wikipedia: one passage of all its sentences, if it has any."""
-    abstract = json.loads(line)
     text = " ".join("".join(abstract["text"]).split())
-    passage = {"id": str(abstract["id"]), "title": abstract["title"], "text": text}
+    passage = {"id": abstract["id"], "title": abstract["title"], "text": text}
     return [passage] if text else []
 
 
@@ -151,7 +148,7 @@ def convert(files: list[Path], format: str) -> Iterator[Passage]:
         if not line.strip():
             continue
         try:
-            passages = [parse_passage(record) for record in FORMATS[format](line, number)]
+            passages = [parse_passage(record) for record in FORMATS[format](json.loads(line))]
         except MALFORMED as error:
             raise ValueError(
                 f"{path}:{number}: not a line of the format {format}, {error!r:.200}"
@@ -358,13 +355,13 @@ def make_mix(
     for file in exclude:
         taken.update(normalize(question["question"]) for question in read_questions(file))
     pools = defaultdict(list)
-    for file in questions:
+    for number, file in enumerate(questions, 1):
         for question in read_jsonl(file, parse_counted, "a question with rollouts and solved"):
             text = normalize(question["question"])
             if text not in taken:
                 taken.add(text)
                 # FlashRAG numbers the questions of each data set from 0, Search-R1 those of a file.
-                question["id"] = f"{question['dataset']}-{file.stem}-{question['id']}"
+                question["id"] = f"{question['dataset']}-{number}-{question['id']}"
                 pools[question["dataset"], question["difficulty"]].append(question)
     missing = []
     for pool, count in counts.items():

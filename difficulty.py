@@ -6,14 +6,14 @@ each rolls out, together, all questions that have no right answer yet.
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 from tqdm import tqdm
 
-from inference import Inference, describe_inputs, open_rollout
+from inference import Inference, describe_options, open_rollout
 from records import (
     Journal,
     fingerprint,
@@ -102,7 +102,7 @@ def make_difficulty(
     if options.max_rollouts < 1:
         raise ValueError("--max_rollouts must be at least 1")
     questions = read_questions(options.questions)
-    settings = asdict(options) | describe_inputs(options)
+    settings = describe_options(options)
     settings["questions"] = fingerprint(options.questions)
     del settings["gpu_memory_utilization"]  # no rollout depends on it
     rollout, encode = open_rollout(options)
@@ -124,6 +124,6 @@ def make_difficulty(
         question["rollouts"] = len(verdicts[question["id"]])
         question["solved"] = True in verdicts[question["id"]]
     write_jsonl(out, questions)
-    journal.remove()
+    journal.path.unlink()
     levels = Counter(level(question["rollouts"], question["solved"]) for question in questions)
     print(f"{out}: " + ", ".join(f"{count} {name}" for name, count in levels.items()))

@@ -14,7 +14,6 @@ import asyncio
 import json
 import os
 import sys
-from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +21,7 @@ import tyro
 from tqdm import tqdm
 
 from answerability import measure_answerability
-from inference import answer_questions, open_rollout, question_key
+from inference import answer_questions, check_limits, open_rollout, question_key
 from metrics import JUDGE_PROMPT, format_cell, measure_by_dataset, table, verdict
 from protocol import PROTOCOLS, Evaluation, complete_options, describe_protocol
 from records import (
@@ -131,6 +130,7 @@ def read_results(folders: list[Path]) -> dict[str, dict]:
 def run(evaluation: Annotated[Evaluation, tyro.conf.arg(name="")]) -> None:
     """Answer question files and score the answers; a finished evaluation is only shown."""
     evaluation = complete_options(evaluation)
+    check_limits(evaluation)
     questions = read_question_files(evaluation.questions, evaluation.limit)
     protocol = describe_protocol(evaluation)
     out = evaluation.out
@@ -139,11 +139,7 @@ def run(evaluation: Annotated[Evaluation, tyro.conf.arg(name="")]) -> None:
     metrics_file = out / "metrics.json"
     if metrics_file.exists():
         # The software may differ: showing finished numbers claims nothing about today's software.
-        # An evaluation from before there was an option had its default. A refusal names the first
-        # difference: mode and protocol come before the limits that they decide.
-        defaults = {field.name: field.default for field in reversed(fields(evaluation))}
-        defaults = {name: value for name, value in defaults.items() if name in protocol}
-        saved = defaults | read_metrics(metrics_file)["protocol"]
+        saved = read_metrics(metrics_file)["protocol"]
         refuse_changed_settings(metrics_file, saved, protocol, "change --out", {"software"})
         print(f"{out}: evaluated already")
     else:

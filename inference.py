@@ -6,9 +6,9 @@ Options of inference, fingerprints of what they name, opening a model for it, an
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from engine import ENGINES
 from metrics import episode_record
@@ -20,7 +20,7 @@ from rollout import Episode, Limits, Rollout, derive_seed, prompt_encoder
 
 @dataclass(frozen=True, kw_only=True)
 class Inference(Limits):
-    """Which model answers, and how. `config.Config` has the same fields for a training run."""
+    """Which model answers, and how. `config.Config` adds those of training."""
 
     model: str  # Hugging Face folder
     retriever: str  # passage file (JSONL), index folder or search server URL
@@ -50,11 +50,11 @@ def open_tokenizer(model: str):
     return tokenizer
 
 
-def describe_inputs(options: Inference) -> dict[str, str | None]:
-    """Fingerprints of model, retriever and prompt, of which the options hold only the names."""
+def describe_options(options: Inference) -> dict[str, Any]:
+    """The options, with fingerprints of model, retriever and prompt, which they only name."""
     prompt = json.dumps(load_prompt(options.prompt_file))
     source = options.retriever
-    return {
+    return asdict(options) | {
         "model_fingerprint": model_fingerprint(options.model),
         "retriever_fingerprint": None if source is None else retriever_fingerprint(source),
         "prompt_fingerprint": hashlib.sha256(prompt.encode()).hexdigest(),

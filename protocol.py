@@ -10,17 +10,17 @@ import string
 import subprocess
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-from inference import Inference, describe_inputs
-from metrics import ANSWERABILITY, record_metrics
+from inference import Inference, describe_options
+from metrics import record_metrics
 from records import fingerprint
 from reward import PROMPTS, TAGS, Tag, Tags, best
 
-PUNCTUATION = set(string.punctuation)
+NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def squad_exact_match(prediction: str, gold: str) -> float:
@@ -30,16 +30,15 @@ def squad_exact_match(prediction: str, gold: str) -> float:
     """
 
     def normalize(text: str) -> str:
-        kept = "".join(character for character in text.lower() if character not in PUNCTUATION)
+        kept = text.lower().translate(NO_PUNCTUATION)
         return " ".join(re.sub(r"\b(a|an|the)\b", " ", kept).split())
 
     return float(prediction != "" and normalize(prediction) == normalize(gold))
 
 
-SEARCH_R1_KEEPS = (
-    *("search_rate", "searches", "truncated_rate", "response_len", "search_failed_rate"),
-    *ANSWERABILITY,
-)
+SEARCH_R1_KEEPS = """
+    search_rate searches truncated_rate response_len search_failed_rate answerable_100 answerable
+""".split()
 
 
 def search_r1_metrics(record: dict) -> dict[str, float]:
@@ -185,9 +184,11 @@ def describe_protocol(evaluation: Evaluation) -> dict:
     """All that an evaluation's numbers depend on: options, fingerprints of inputs, software."""
     protocol = {
         "evaluator": PROTOCOL_VERSION,
+        # Before the limits that they decide: a refusal names the first difference.
+        "protocol": evaluation.protocol,
+        "mode": evaluation.mode,
         "software": describe_software(),
-        **asdict(evaluation),
-        **describe_inputs(evaluation),
+        **describe_options(evaluation),
         "questions": [[path, fingerprint(path)] for path in evaluation.questions],
     }
     del protocol["out"]

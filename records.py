@@ -201,10 +201,6 @@ class Journal:
     def append(self, record: Any) -> None:
         self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
-    def remove(self) -> None:
-        self.file.close()
-        self.path.unlink()
-
 
 # --------------------------------------------------------------------------------------------------
 # Reading

@@ -10,7 +10,6 @@ thread-safe.
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Literal, Protocol
@@ -245,17 +244,18 @@ def open_retriever(source: str) -> Retriever:
     """
     if source.startswith(URL_SCHEMES):
         return Remote(source)
-    if Path(source, "index.json").is_file():
-        return open_index(Path(source))
-    if not Path(source).is_file():
+    path = Path(source)
+    if (path / "index.json").is_file():
+        return open_index(path)
+    if not path.is_file():
         raise FileNotFoundError(
             f"{source}: neither a passage file, an index folder nor a URL (--retriever)"
         )
-    size = os.path.getsize(source)
+    size = path.stat().st_size
     if size <= MAX_RANK_BM25_BYTES:
         return BM25(read_passages(source))
     if size > MAX_IN_MEMORY_BYTES:
-        out = f"{Path(source).with_suffix('')}-index"
+        out = f"{path.with_suffix('')}-index"
         raise ValueError(
             f"{source}: too large to be indexed in memory whenever it is opened; once and for all: "
             f"python retriever.py index --kind bm25 --corpus {source} --out {out}"

@@ -26,9 +26,9 @@ from tqdm import tqdm
 
 from checkpoint import EXPORT_STEP_FILE, Progress, list_checkpoints, newest_checkpoint, step_of
 from config import Config
-from inference import describe_inputs
+from inference import describe_options
 from policy import gather
-from records import fingerprint, refuse_changed_settings, reraise_corrupt, write_jsonl, write_text
+from records import fingerprint, refuse_changed_settings, reraise_corrupt, write_text
 from rollout import Episode
 from signals import best_evaluation, find_collapse
 
@@ -62,7 +62,7 @@ def holds_run(path: Path, resume: bool) -> bool:
 
 def run_settings(config: Config) -> dict[str, Any]:
     """What the numbers of a run depend on: its options, and fingerprints of what they name."""
-    settings = asdict(config) | describe_inputs(config)
+    settings = describe_options(config)
     settings["questions_fingerprint"] = fingerprint(config.questions)
     if config.eval_questions:
         settings["eval_questions_fingerprint"] = fingerprint(config.eval_questions)
@@ -176,9 +176,8 @@ class RunFolder:
                 with reraise_corrupt(file, "give another --out"):
                     # What follows the last line end is empty, or a line that was being written.
                     *lines, _ = file.read_text(encoding="utf-8").split("\n")
-                    logged = [json.loads(line) for line in lines]
-                    kept = [record for record in logged if record["step"] <= step]
-                write_jsonl(file, kept)
+                    kept = [line for line in lines if json.loads(line)["step"] <= step]
+                write_text(file, "".join(f"{line}\n" for line in kept))
         for checkpoint in list_checkpoints(self.path / "checkpoints"):
             if step_of(checkpoint) > step:
                 shutil.rmtree(checkpoint)

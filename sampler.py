@@ -1,7 +1,7 @@
 """Everything of a run that rolls out: its questions, the engine and the search.
 
 Every rank holds an inference engine beside its shard of the model, and rolls out its share of the
-questions. Which questions a step takes and which seeds its episodes get depends on the seed and the
+questions. Which questions a step takes and which seeds its episodes get depend on the seed and the
 step alone: a run on 1 or on N ranks trains on the same questions with the same seeds.
 """
 

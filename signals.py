@@ -2,7 +2,7 @@
 
 Runs of this kind collapse in an order (Search-R1 issues 88 and 188; RAGEN issue 52): first the
 likelihood of right answers falls, then entropy or length runs away, then the reward goes, and the
-last checkpoint is the worst. A signal that has no data yet is left out of the metrics, it is not 0.
+last checkpoint is the worst. A signal that has no data yet is left out of the metrics.
 
 Shapes: B episodes, T tokens, N tokens that were trained on.
 """

@@ -6,9 +6,9 @@
 `run` needs what `make demo` has made, trains every row with every seed for the same number of
 rollout batches, and answers the held-out questions with the last model. It goes on where it
 stopped. Models stay in --work; --logs gets what `table` reads: configuration and metrics of each
-stage, scores of each held-out question, the kind of CPU. `table` compares only runs of one kind,
-since only there the numbers of a run repeat. A difference to the default row is that of the same
-questions and seeds; its 95 % interval is over both, by bootstrap.
+stage, scores of each held-out question, the kind of CPU. A difference to the default row is that of
+the same questions and seeds; its 95 % interval is over both, by bootstrap. Seeds are left out that
+ran on another kind of CPU than the default: only on one kind the numbers of a run repeat.
 """
 
 import platform
@@ -29,7 +29,6 @@ import train
 from benchmarks.baselines import LIMITS, LOOP
 from benchmarks.baselines import run as evaluate
 from benchmarks.measure import TRAIN, run_training
-from config import PRESETS
 from evaluate import read_outputs
 from records import read_jsonl, write_jsonl, write_text
 from tools.report import draw_band
@@ -42,15 +41,11 @@ ON_DOCUMENTS = (Path(__file__).resolve(), "train_on_documents")  # in place of T
 class Row:
     """One point in which runs differ from the demo's recipe."""
 
-    both: dict = field(default_factory=dict)  # options of both stages, over the preset's
+    # Options of both stages over the preset's; with any a row has a stage 1 of its own.
+    both: dict = field(default_factory=dict)
     stage2: dict = field(default_factory=dict)
     steps: tuple[int, int] = (4, 8)  # rollout batches of the two stages
-    learning_rate: float = 1.0  # factor to the preset's
     trains_on_documents: bool = False
-
-    @property
-    def has_own_stage1(self) -> bool:
-        return bool(self.both) or self.learning_rate != 1 or self.trains_on_documents
 
 
 ROWS = {
@@ -65,8 +60,8 @@ ROWS = {
     "em": Row(stage2={"reward": "stage2_em"}),
     "cover_em": Row(stage2={"reward": "stage2_cover_em"}),
     "uncorrected": Row({"sampler_clip": 0}),
-    "lr_times_3": Row(learning_rate=3.0),
-    "lr_third": Row(learning_rate=1 / 3),
+    "lr_times_3": Row({"learning_rate": 6e-5}, {"learning_rate": 9e-5}),
+    "lr_third": Row({"learning_rate": 2e-5 / 3}, {"learning_rate": 1e-5}),
     "samples_4": Row({"samples_per_prompt": 4, "prompts_per_step": 16}),
     "samples_16": Row({"samples_per_prompt": 16, "prompts_per_step": 4}),
 }
@@ -103,7 +98,7 @@ def run_row(name: str, seed: int, demo: Path, work: Path, log: Path, engine: str
     """Train and evaluate one row with one seed, and write its logs."""
     row, own, model = ROWS[name], work / name / f"seed{seed}", demo / "model"
     # A stage that another row has trained may be of another CPU, as may what a killed run has done.
-    others = [log] if row.has_own_stage1 else [log, log.parent.parent / "default" / log.name]
+    others = [log] if row.both else [log, log.parent.parent / "default" / log.name]
     cpus = {kind_of_cpu()}
     for file in [other / "cpu.txt" for other in others]:
         cpus.update(file.read_text().splitlines() if file.exists() else [])
@@ -112,18 +107,11 @@ def run_row(name: str, seed: int, demo: Path, work: Path, log: Path, engine: str
     for stage in (1, 2):
         if not row.steps[stage - 1]:
             continue
-        is_shared = stage == 1 and not row.has_own_stage1
+        is_shared = stage == 1 and not row.both
         out = (work / "default" / f"seed{seed}" if is_shared else own) / f"stage{stage}"
         if not (out / "model").exists():
-            options = {
-                "seed": seed,
-                "engine": engine,
-                "stage": stage,
-                "steps": row.steps[stage - 1],
-                "learning_rate": PRESETS["demo"][stage]["learning_rate"] * row.learning_rate,
-                "model": model,
-                "eval_every": EVAL_EVERY,
-            }
+            options = {"seed": seed, "engine": engine, "stage": stage, "model": model}
+            options |= {"steps": row.steps[stage - 1], "eval_every": EVAL_EVERY}
             options |= row.both | (row.stage2 if stage == 2 else {})
             run_training(demo, out, options, ON_DOCUMENTS if row.trains_on_documents else TRAIN)
             shutil.rmtree(out / "checkpoints")
@@ -219,19 +207,17 @@ def spread(values: list[float]) -> str:
     return f"{np.mean(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
-def read_rows(logs: Path, cpu: str | None) -> tuple[str, dict[str, dict[int, Run]]]:
-    """A kind of CPU, and its finished runs by row and seed, those of seeds that the default has."""
-    finished = [file.parent for file in logs.glob("*/seed*/scores.jsonl")]
-    kinds = {log: (log / "cpu.txt").read_text() for log in finished}
-    cpu = cpu or max(kinds.values(), key=list(kinds.values()).count, default="no CPU at all")
+def read_rows(logs: Path) -> dict[str, dict[int, Run]]:
+    """Finished runs by row and seed, where the default's run of the seed is of the same CPUs."""
     rows: dict[str, dict[int, Run]] = {name: {} for name in ROWS}
-    for log in sorted(log for log, kind in kinds.items() if kind == cpu):
-        seed = int(log.name.removeprefix("seed"))
-        if kinds.get(logs / "default" / log.name) == cpu:
-            rows[log.parent.name][seed] = read_run(log)
+    finished = sorted(file.parent for file in logs.glob("*/seed*/scores.jsonl"))
+    kinds = {log: (log / "cpu.txt").read_text() for log in finished}
+    for log, kind in kinds.items():
+        if kinds.get(logs / "default" / log.name) == kind:
+            rows[log.parent.name][int(log.name.removeprefix("seed"))] = read_run(log)
     if not rows["default"]:
-        sys.exit(f"ablations.py: {logs} has no run of the row default on {cpu}")
-    return cpu, {name: runs for name, runs in rows.items() if runs}
+        sys.exit(f"ablations.py: {logs} has no run of the row default")
+    return {name: runs for name, runs in rows.items() if runs}
 
 
 def draw(rows: dict[str, dict[int, Run]], out: Path) -> None:
@@ -239,7 +225,7 @@ def draw(rows: dict[str, dict[int, Run]], out: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     curves, intervals = figure.subplots(1, 2)
     for number, (name, runs) in enumerate(rows.items()):
-        draw_band(curves, [run.batches for run in runs.values()], "one_hop", name)
+        draw_band(curves, [run.batches for run in runs.values()], "one_hop", label=name)
         if name != "default":
             mean, low, high = difference(runs, rows["default"])
             width = [[mean - low], [high - mean]]
@@ -253,18 +239,14 @@ def draw(rows: dict[str, dict[int, Run]], out: Path) -> None:
     figure.savefig(out, dpi=120)
 
 
-def table(
-    logs: Path = Path("results/ablations"), cpu: str | None = None, figure: Path | None = None
-) -> None:
+def table(logs: Path = Path("results/ablations"), figure: Path | None = None) -> None:
     """Print the rows in Markdown: F1 as the mean over seeds, with the least and the greatest.
 
     Args:
         logs: folder that `run` filled
-        cpu: kind of CPU, as in cpu.txt (default: that of most runs)
         figure: a PNG, to draw the rows too
     """
-    cpu, rows = read_rows(logs, cpu)
-    print(f"{cpu}\n")
+    rows = read_rows(logs)
     datasets = list(next(iter(rows["default"].values())).f1)
     print(f"| row | seeds | {' | '.join(datasets)} | all | all, less default | format .9 | F1 .8 |")
     print("|---" * (len(datasets) + 6) + "|")

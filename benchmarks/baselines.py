@@ -73,7 +73,7 @@ def main(
     """
     model = model or demo / "stage2" / "model-best"
     options = LIMITS | {"engine": engine}
-    folders = sorted(demo.glob("eval-*"))
+    folders = sorted(file.parent for file in demo.glob("eval-*/metrics.json"))
     for name, baseline in BASELINES.items():
         folders.append(run(demo, model, baseline, demo / "baselines" / name, options))
     print(table(evaluate.read_results(folders)))

@@ -14,7 +14,6 @@ the rest.
 """
 
 import random
-import shutil
 import sys
 import time
 from pathlib import Path
@@ -28,7 +27,7 @@ from answerability import in_first_passages
 from benchmarks.measure import run_training
 from evaluate import read_outputs
 from metrics import measure
-from records import fsync_and_rename, read_questions, write_jsonl, write_text
+from records import read_questions, write_jsonl, write_text
 from retriever import open_retriever
 from tools.demo import make_prompt
 from tools.report import page, plot
@@ -88,9 +87,7 @@ def split(data: Path, out: Path, seed: int) -> None:
     training = read_questions(out / "train.jsonl")
     chosen = choose_questions(training, data / "wiki_passages.jsonl")
     write_jsonl(out / "train_2.jsonl", chosen or training)
-    partial = out / "passages.partial"
-    shutil.copy(data / "wiki_passages.jsonl", partial)
-    fsync_and_rename(partial, out / "passages.jsonl")
+    (out / "passages.jsonl").symlink_to(data / "wiki_passages.jsonl")
 
 
 def choose_questions(questions: list[dict], passages: Path) -> list[dict]:
@@ -155,8 +152,8 @@ def main(
     for name in (*DATASETS, "wiki_passages"):
         if not (data / f"{name}.jsonl").exists():
             sys.exit(f"real_questions.py: {data / name}.jsonl is not there; see --help")
-    if not 0 < eval_every <= steps[1]:
-        sys.exit("real_questions.py: --eval_every must be from 1 to the steps of stage 2")
+    if not 0 < eval_every <= min(steps):
+        sys.exit("real_questions.py: --eval_every must be from 1 to the steps of each stage")
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "starts.log", "a") as log:
         log.write(time.strftime("%Y-%m-%d %H:%M:%S\n"))

@@ -114,7 +114,7 @@ def main(
     with tempfile.TemporaryDirectory() as folder, start(demo.resolve(), Path(folder)) as process:
         begin = time.monotonic()
         while len(samples) < 60 * minutes:
-            time.sleep(max(0.0, begin + len(samples) - time.monotonic()))
+            time.sleep(max(0.0, begin + len(samples) + 1 - time.monotonic()))
             if process.poll() is not None:
                 sys.exit(f"the process ended by itself with status {process.returncode}")
             resident = process.memory_info().rss / 2**20

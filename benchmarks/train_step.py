@@ -53,7 +53,7 @@ def read_episodes(path: str) -> list[Episode]:
 class Workload:
     """The episodes with train.py's trainer, and the bare model beside it.
 
-    `step`, `unshared`, `copying`, `bare` and `head` are ways: they return the number of tokens.
+    `step`, `unshared`, `copying` and `bare` are ways: they return the number of tokens.
     """
 
     def __init__(self, model: str, episodes: list[Episode], micro_batch_tokens: int):
@@ -92,45 +92,27 @@ class Workload:
             count = min(max(1, self.config.micro_batch_tokens // length), left)
             left -= count
             ids = torch.randint(len(self.head_weight), (count, length), device=self.plain.device)
-            hidden = self.plain.base_model(ids, use_cache=False).last_hidden_state
-            actions = self.actions * count // len(self.episodes)
-            self.backward_head(hidden.flatten(0, 1)[torch.randint(ids.numel(), (actions,))])
+            hidden = self.plain.base_model(ids, use_cache=False).last_hidden_state.flatten(0, 1)
+            chosen = torch.randint(len(hidden), (self.actions * count // len(self.episodes),))
+            targets = torch.randint(len(self.head_weight), chosen.shape, device=hidden.device)
+            token_log_probs(hidden[chosen], self.head_weight, targets).sum().backward()
         self.plain.zero_grad(set_to_none=True)
         return self.tokens
 
-    def backward_head(self, hidden: torch.Tensor) -> None:
-        targets = torch.randint(len(self.head_weight), (len(hidden),), device=self.plain.device)
-        token_log_probs(hidden, self.head_weight, targets).sum().backward()
-
-    def head(self) -> int:
-        """The head's part of `bare`."""
-        states = self.head_weight.new_empty(self.actions, self.plain.config.hidden_size)
-        self.backward_head(states.normal_().requires_grad_())
-        return self.tokens
-
-    def computed(self) -> tuple[int, int]:
-        """Tokens that `step` computes, with and without padding."""
+    def facts(self) -> dict[str, float]:
+        """Tokens in all, those that `step` computes, and the padding among these."""
         ids = {number: episode.token_ids for number, episode in enumerate(self.episodes)}
         padded = plain = 0
         for rows in plan_micro_batches(ids, self.config.micro_batch_tokens):
             packed = [[(ids[i], self.episodes[i].action_mask) for i in row] for row in rows]
             padded += pack(packed)["input_ids"].numel()
             plain += sum(pack([row])["input_ids"].numel() for row in packed)
-        return padded, plain
-
-    def facts(self) -> dict[str, float]:
-        padded, plain = self.computed()
-        with patch.object(packing, "MAX_SHARED_ROW", 0):
-            padded_unshared, plain_unshared = self.computed()
-        part = take_turns({"bare": self.bare, "head": self.head}, 1)
         return {
             "episodes": len(self.episodes),
             "tokens": self.tokens,
             "action_tokens": self.actions,
             "computed_tokens": padded,
             "padding": 1 - plain / padded,
-            "padding_unshared": 1 - plain_unshared / padded_unshared,
-            "head_share": part["bare"][0] / part["head"][0],
             "peak_gib": peak_memory_gib(),
         }
 

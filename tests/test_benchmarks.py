@@ -293,6 +293,7 @@ def test_ablations_from_training_to_the_table(
     for name, steps in ({"default": (1, 1)} | rows).items():
         row = dataclasses.replace(ablations.ROWS[name], steps=steps)
         monkeypatch.setitem(ablations.ROWS, name, row)
+    monkeypatch.setattr(ablations, "EVAL_EVERY", 1)
     folders = {"work": tmp_path / "work", "logs": tmp_path / "logs"}
     for _ in range(2):
         ablations.run(demo, ("default", *rows), (0,), **folders, engine="transformers")
@@ -302,8 +303,8 @@ def test_ablations_from_training_to_the_table(
     ablations.table(folders["logs"], figure=tmp_path / "rows.png")
     assert (tmp_path / "rows.png").exists()
     table = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in table[4:]] == ["default", *rows]
-    assert table[4].endswith(" |  | never | never |")
+    assert [line.split()[1] for line in table[2:]] == ["default", *rows]
+    assert table[2].endswith(" |  | never | never |")
 
     monkeypatch.setattr(ablations, "kind_of_cpu", lambda: "another")
     (folders["logs"] / "grpo/seed0/scores.jsonl").unlink()

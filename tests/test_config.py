@@ -68,6 +68,7 @@ def test_the_presets_hold_the_papers_values():
         (["--samples_per_prompt", "1"], "--samples_per_prompt"),
         (["--updates_per_rollout", "99"], "--updates_per_rollout"),
         (["--eval_every", "2"], "--eval_questions"),
+        (["--eval_every", "999", "--eval_questions", "v.jsonl"], "--eval_every must be at most"),
         (["--clip_eps_high", "0"], "--clip_eps_high"),
         (["--warmup", "-1"], "--warmup"),
         (["--sampler_mask", "0.5"], "--sampler_mask"),

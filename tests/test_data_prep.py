@@ -90,7 +90,11 @@ def test_compressed_files_and_folders_of_files_give_the_same(tmp_path):
         ("wiki-18", '{"id": "7", "title": "A", "text": "t"}', [("7", "A", "t")]),
         ("hotpotqa", '{"id": 12, "title": "A", "text": ["1.", " 2\\n"]}', [("12", "A", "1. 2")]),
         ("hotpotqa", '{"id": 12, "title": "A", "text": []}', []),
-        ("kilt", '{"wikipedia_title": "A", "text": ["x \\ud800"]}', [("1-0", "A", "x ?")]),
+        (
+            "kilt",
+            '{"wikipedia_id": 1, "wikipedia_title": "A", "text": ["x \\ud800"]}',
+            [("1-0", "A", "x ?")],
+        ),
     ],
 )
 def test_a_line_of_each_format(tmp_path, format, line, passages):
@@ -470,7 +474,8 @@ def test_a_mix_of_files_that_number_alike_is_one_to_train_on(tmp_path):
     files = []
     for number, dataset in enumerate(["hotpotqa", "2wiki", "2wiki"]):
         rows = [counted(dataset, n + 10 * number, 5) | {"id": f"train_{n}"} for n in range(3)]
-        files.append(tmp_path / f"{number}.jsonl")
+        files.append(tmp_path / str(number) / "difficulty.jsonl")
+        files[-1].parent.mkdir()
         files[-1].write_text(jsonl(rows))
     draws = ("hotpotqa:easy:3", "2wiki:easy:6")
     call("mix", "--draw", *draws, "--questions", *files, "--out", tmp_path / "out")

@@ -81,7 +81,7 @@ def test_a_two_hop_answer_needs_both_passages(questions):
 
 
 def test_the_examples_are_not_of_the_world():
-    for question, hops, answer in demo.EXAMPLES.values():
+    for question, hops, answer in [*demo.IN_DEMO, *demo.IN_DEMO_2HOP]:
         titles = {title for title, _, _ in hops}
         assert question not in {q["question"] for questions in SETS for q in questions}
         assert not titles & TEXTS.keys() and answer not in TEXTS

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -19,8 +18,7 @@ from werkzeug import Request, Response
 import evaluate
 import protocol as rules
 import records
-from config import Config
-from inference import Inference, question_key
+from inference import question_key
 from metrics import measure_by_dataset
 from retriever import retriever_fingerprint
 from reward import PROMPTS
@@ -171,21 +169,6 @@ def test_search_r1_wants_a_prompt_of_its_own(arguments, capsys):
     assert "--protocol search-r1 needs --prompt_file" in error
 
 
-def test_an_evaluation_from_before_there_were_protocols_is_shown(arguments, tmp_path, capsys):
-    evaluate.main(arguments)
-    metrics = read_metrics(tmp_path / "out")
-    for option in ("mode", "protocol", "answerability"):
-        del metrics["protocol"][option]
-    (tmp_path / "out" / "metrics.json").write_text(json.dumps(metrics))
-    evaluate.main(arguments)
-    assert "evaluated already" in capsys.readouterr().out
-
-
-def test_a_configuration_of_training_has_all_options_of_inference():
-    """`open_rollout` and `describe_inputs` take both."""
-    assert {field.name for field in fields(Inference)} <= vars(Config()).keys()
-
-
 @pytest.mark.parametrize(
     "flag",
     [
@@ -199,6 +182,8 @@ def test_a_configuration_of_training_has_all_options_of_inference():
 def test_impossible_values_are_refused_by_name(arguments, flag, capsys):
     name, _ = flag.split("=")
     assert f"{name} must be" in refused([*arguments, flag], capsys)
+    folders = (path.name for path in Path(arguments[-2].partition("=")[2]).parent.glob("*"))
+    assert "answerability" not in folders  # refused before a search of the whole corpus
 
 
 def test_a_refused_call_binds_no_later_one(arguments, capsys):

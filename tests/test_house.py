@@ -96,12 +96,12 @@ def size_of(path: Path) -> Size:
 
 
 GROUPS = {  # files, most lines, most tokens
-    "the algorithm": ([f"{name}.py" for name in ALGORITHM], 1_690, 9_750),
-    "all flat modules": ([f"{name}.py" for name in MODULES], 5_765, 32_560),
-    "tools": ([f"tools/{name}.py" for name in TOOLS], 1_470, None),
+    "the algorithm": ([f"{name}.py" for name in ALGORITHM], 1_690, 9_770),
+    "all flat modules": ([f"{name}.py" for name in MODULES], 5_760, 32_450),
+    "tools": ([f"tools/{name}.py" for name in TOOLS], 1_425, None),
     "benchmarks": (
         sorted(f"benchmarks/{p.name}" for p in ROOT.glob("benchmarks/*.py")),
-        1_955,
+        1_920,
         None,
     ),
 }

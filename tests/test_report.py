@@ -262,13 +262,16 @@ def test_learning_draws_means_and_ranges_over_seeds(tmp_path, monkeypatch, capsy
             results = measure_by_dataset([episode_record(episode(i)) for i in range(2)])
             text = json.dumps({"protocol": {}, "results": results})
             (folder / name / "metrics.json").write_text(text)
-    runs, ends = zip(*map(report.read_stages, folders), strict=True)
-    assert ends == (3, 3, 3) and list(runs[0]) == [1, 2, 3, 4, 5, 6]
+    runs = []
+    for folder in folders:
+        first, second = report.read_batches([folder / stage for stage in report.STAGES])
+        assert (list(first), list(second)) == ([1, 2, 3], [4, 5, 6])
+        runs.append(first | second)
 
     from matplotlib import pyplot
 
     _, axis = pyplot.subplots()
-    report.draw_band(axis, runs, metric, "who")
+    report.draw_band(axis, runs, metric, label="who")
     (line,), (band,) = axis.lines, axis.collections
     assert line.get_xydata().tolist() == [[2, pytest.approx(0.3)], [5, pytest.approx(0.3)]]
     corners = band.get_paths()[0].vertices
@@ -281,8 +284,11 @@ def test_learning_draws_means_and_ranges_over_seeds(tmp_path, monkeypatch, capsy
     cell = "1.000 (1.00-1.00)"
     assert f"| after stage 2, d | {cell} | {cell} | {cell} | 1.000 |" in lines
     assert "no folder" in refused(capsys, "learning")
-    shutil.rmtree(folders[1] / "eval-stage2-16")
     unmade = tmp_path / "unmade.png"
+    write_lines(folders[1] / "stage1" / "metrics.jsonl", [{"step": 1}])
+    error = refused(capsys, "learning", *folders, "--out", unmade)
+    assert "different numbers of steps" in error and not unmade.exists()
+    shutil.rmtree(folders[1] / "eval-stage2-16")
     error = refused(capsys, "learning", *folders, "--out", unmade)
     assert "seed1: no eval-stage2-*" in error and not unmade.exists()
 

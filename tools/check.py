@@ -142,7 +142,9 @@ class Checks:
     def training_questions(self) -> str:
         config, count = self.config, len(self.questions)
         passes = config.steps * config.prompts_per_step / count
-        return f"{count:,} in {config.questions}, {passes:.2g} passes in {config.steps} steps"
+        episodes = config.prompts_per_step * config.samples_per_prompt
+        steps = f"{config.steps} steps of {episodes:,} episodes"
+        return f"{count:,} in {config.questions}, {passes:.2g} passes in {steps}"
 
     def validation_questions(self) -> str:
         if not self.config.eval_every:
@@ -168,12 +170,6 @@ class Checks:
             f"{config.documents_per_search} passages for {recall:.0%}, in its first {FIRST} "
             f"for {answerable:.0%} of {len(asked)} questions"
         )
-
-    def rollout_batch(self) -> str:
-        config = self.config
-        episodes = config.prompts_per_step * config.samples_per_prompt
-        tokens = episodes * config.max_context
-        return f"{episodes:,} episodes, at most {tokens:,} tokens"
 
     def memory(self) -> str:
         return self.gpu_memory() if self.on_gpus else self.host_memory()
@@ -250,7 +246,7 @@ class Checks:
 
 
 ORDER = """
-    model prompt training_questions validation_questions search rollout_batch memory disk run_folder
+    model prompt training_questions validation_questions search memory disk run_folder
 """.split()
 
 
@@ -262,7 +258,7 @@ def run_checks(check: Check) -> bool:
         try:
             verdict, detail = "ok", getattr(checks, name)()
         except (ValueError, OSError, RuntimeError) as error:
-            verdict, detail = "will fail", str(error)
+            verdict, detail = "will fail", str(error) or repr(error)
             all_ok = False
         first, *rest = detail.splitlines()
         print(f"{verdict:9}  {name.replace('_', ' '):20}  {first}")

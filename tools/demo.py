@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import tyro
@@ -19,8 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bm25 import BM25
 from records import Passage, user_errors, write_jsonl, write_text
 from reward import TAGS
-
-Search = Callable[[list[str], int], list[list[Passage]]]
 
 # --------------------------------------------------------------------------------------------------
 # The words
@@ -110,19 +107,15 @@ ONE_HOP = {
     "book": [("Who wrote the book {}?", "person"), ("Where was the book {} printed?", "town")],
     "town": [("Who is the mayor of {}?", "person"), ("What is {} known for?", "goods")],
 }
-# A two-hop question leads from an entity to a person, and from the person's passage to the answer.
+# A two-hop question is a person's one-hop question that names the person by another entity.
 PERSON_OF = {
     "company": "the founder of {}",
     "film": "the director of the film {}",
     "book": "the author of the book {}",
 }
-TWO_HOP = {"person": [], "town": []} | {
-    kind: [
-        (f"Who is {person} married to?", "person", "spouse"),
-        (f"What does {person} work as?", "person", "trade"),
-        (f"Where was {person} born?", "person", "town"),
-    ]
-    for kind, person in PERSON_OF.items()
+TWO_HOP = {
+    kind: [(question.format(who), "person", answer) for question, answer in ONE_HOP["person"]]
+    for kind, who in PERSON_OF.items()
 }
 
 # --------------------------------------------------------------------------------------------------
@@ -174,7 +167,7 @@ class World:
         """All questions that the templates make, in random order, by their first word."""
         questions = {"Who": [], "What": [], "Where": []}
         for name, entity in self.entities.items():
-            for template, *attributes in templates[entity["kind"]]:
+            for template, *attributes in templates.get(entity["kind"], []):
                 answer = name
                 for attribute in attributes:
                     answer = self.entities[answer][attribute]
@@ -186,7 +179,7 @@ class World:
             self.rng.shuffle(of_word)
         return questions
 
-    def sample_questions(self, name: str, count: int, search: Search) -> list[dict]:
+    def sample_questions(self, name: str, count: int, bm25: BM25) -> list[dict]:
         """Draw `count` questions: who, what and where in equal shares, and a third of each 2-hop.
 
         No passage that a search with the words of a 2-hop question finds holds the answer.
@@ -199,7 +192,7 @@ class World:
         questions = []
         for word in one_hop:
             of_word = two_hop[word]
-            found = search([question["question"] for question in of_word], 3)
+            found = bm25.search([question["question"] for question in of_word], 3)
             hidden = [
                 question
                 for question, passages in zip(of_word, found, strict=True)
@@ -223,19 +216,15 @@ QUESTIONS = {"train": 900, "validation": 90, "heldout": 243}
 
 def draw_worlds(rng: random.Random) -> list[World]:
     """A world for each of `QUESTIONS`; no entity is in two of them."""
-    people = [f"{given_name} {surname}" for given_name in WOMEN + MEN for surname in SURNAMES]
-    towns = list(TOWNS)
-    companies = [f"{brand} {industry}" for brand in BRANDS for industry in INDUSTRIES]
-    titles = [f"The {adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS]
-    for names in (people, towns, companies, titles):
-        rng.shuffle(names)
     names = {
-        "person": people,
-        "town": towns,
-        "company": companies,
-        "film": titles[:200],
-        "book": titles[200:],
+        "person": [f"{given_name} {surname}" for given_name in WOMEN + MEN for surname in SURNAMES],
+        "town": list(TOWNS),
+        "company": [f"{brand} {industry}" for brand in BRANDS for industry in INDUSTRIES],
+        "film": [f"The {adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS],
     }
+    for of_kind in names.values():
+        rng.shuffle(of_kind)
+    names["book"] = names["film"][200:]  # no film has one of these
     worlds = []
     for number in range(len(QUESTIONS)):
         own = {}
@@ -251,10 +240,10 @@ def demo_world(seed: int) -> dict[str, list[dict]]:
     worlds = draw_worlds(random.Random(seed))
     passages = [passage for world in worlds for passage in world.passages()]
     passages = [{"id": str(i), **passage} for i, passage in enumerate(passages)]
-    search = BM25(passages).search
+    bm25 = BM25(passages)
     files = {"passages": passages}
     for world, (name, count) in zip(worlds, QUESTIONS.items(), strict=True):
-        files[name] = world.sample_questions(name, count, search)
+        files[name] = world.sample_questions(name, count, bm25)
         files[f"{name}_2hop"] = [q for q in files[name] if "2hop" in q["dataset"]]
     return files
 
@@ -265,60 +254,37 @@ def demo_world(seed: int) -> dict[str, list[dict]]:
 # Worked examples for a model too small to follow instructions: a question, for each hop the title
 # and text of a passage and the sentence that repeats its fact, and the answer. What such a model
 # copies best are new lines around the tags and a sentence in the document's wording.
-EXAMPLES = {
-    "who, one hop": (
-        "Who directed the film Red Harbor?",
-        [
-            (
-                "Red Harbor",
-                "Red Harbor is a film. It was shot in Dover. It was directed by Peter Lane.",
-                "It was directed by Peter Lane.",
-            ),
-        ],
-        "Peter Lane",
-    ),
-    "what, one hop": (
-        "What does Mark Fox play?",
-        [
-            (
-                "Mark Fox",
-                "Mark Fox was born in Salem. He plays chess. He is married to Laura Webb.",
-                "He plays chess.",
-            ),
-        ],
-        "chess",
-    ),
-    "what, two hops": (
-        "What does the owner of Lake Cafe play?",
-        [
-            (
-                "Lake Cafe",
-                "Lake Cafe is in Dover. It is owned by Mark Fox.",
-                "It is owned by Mark Fox.",
-            ),
-            ("Mark Fox", "Mark Fox was born in Salem. He plays chess.", "He plays chess."),
-        ],
-        "chess",
-    ),
-    "where, two hops": (
-        "Where was the owner of Sea Inn born?",
-        [
-            (
-                "Sea Inn",
-                "Sea Inn is a hotel in Dover. It is owned by Laura Webb.",
-                "It is owned by Laura Webb.",
-            ),
-            (
-                "Laura Webb",
-                "Laura Webb is married to Mark Fox. She was born in Salem.",
-                "She was born in Salem.",
-            ),
-        ],
-        "Salem",
-    ),
-}
-IN_DEMO = [EXAMPLES[name] for name in ("who, one hop", "what, one hop", "where, two hops")]
-IN_DEMO_2HOP = [EXAMPLES[name] for name in ("who, one hop", "what, two hops", "where, two hops")]
+RED_HARBOR = (
+    "Red Harbor",
+    "Red Harbor is a film. It was shot in Dover. It was directed by Peter Lane.",
+    "It was directed by Peter Lane.",
+)
+MARRIED_MARK_FOX = (
+    "Mark Fox",
+    "Mark Fox was born in Salem. He plays chess. He is married to Laura Webb.",
+    "He plays chess.",
+)
+MARK_FOX = ("Mark Fox", "Mark Fox was born in Salem. He plays chess.", "He plays chess.")
+LAKE_CAFE = (
+    "Lake Cafe",
+    "Lake Cafe is in Dover. It is owned by Mark Fox.",
+    "It is owned by Mark Fox.",
+)
+SEA_INN = (
+    "Sea Inn",
+    "Sea Inn is a hotel in Dover. It is owned by Laura Webb.",
+    "It is owned by Laura Webb.",
+)
+LAURA_WEBB = (
+    "Laura Webb",
+    "Laura Webb is married to Mark Fox. She was born in Salem.",
+    "She was born in Salem.",
+)
+WHO = ("Who directed the film Red Harbor?", [RED_HARBOR], "Peter Lane")
+WHAT = ("What does Mark Fox play?", [MARRIED_MARK_FOX], "chess")
+WHAT_2HOP = ("What does the owner of Lake Cafe play?", [LAKE_CAFE, MARK_FOX], "chess")
+WHERE_2HOP = ("Where was the owner of Sea Inn born?", [SEA_INN, LAURA_WEBB], "Salem")
+IN_DEMO, IN_DEMO_2HOP = [WHO, WHAT, WHERE_2HOP], [WHO, WHAT_2HOP, WHERE_2HOP]
 
 
 def documents(hops: list[tuple[str, str, str]]) -> str:
@@ -335,11 +301,7 @@ def search(hop: tuple[str, str, str]) -> str:
 
 
 def make_prompt(mode: str, examples: list[tuple] = IN_DEMO) -> str:
-    """The examples as a mode of evaluate.py shows them, and a question to answer.
-
-    Args:
-        examples: as in `EXAMPLES`.
-    """
+    """The examples as a mode of evaluate.py shows them, and a question to answer."""
     prompt = ""
     for question, hops, answer in examples:
         facts = " ".join(fact for _, _, fact in hops)
@@ -404,9 +366,11 @@ def make_demo(out: Path = Path("demo"), seed: int = 0) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for name, records in demo_world(seed).items():
         path = out / f"{name}.jsonl"
-        if not path.exists():
+        if path.exists():
+            print(f"{path}: it is there already")
+        else:
             write_jsonl(path, records)
-        print(f"{path}: {len(records)} records")
+            print(f"{path}: {len(records)} records")
     for name, prompt in PROMPTS.items():
         if not (out / name).exists():
             write_text(out / name, prompt)

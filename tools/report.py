@@ -22,18 +22,35 @@ from reward import FORMAT_RULES, TAGS
 from rollout import Episode
 
 # --------------------------------------------------------------------------------------------------
+# Reading and drawing
+
+
+def read_batches(folders: list[Path]) -> list[dict[int, dict]]:
+    """Metrics of runs that follow one another, by rollout batch as counted over all of them."""
+    runs, end = [], 0
+    for folder in folders:
+        rows = read_jsonl(folder / "metrics.jsonl", dict, "metrics", key="step")
+        runs.append({end + row["step"]: row for row in rows})
+        end += rows[-1]["step"]
+    return runs
+
+
+def draw_band(axis, runs: list[dict[int, dict]], name: str, **style) -> None:
+    """Draw a metric's mean over runs, in the batches in which all have it, and its range."""
+    steps = [step for step in runs[0] if all(name in run.get(step, {}) for run in runs)]
+    values = [[run[step][name] for run in runs] for step in steps]
+    (line,) = axis.plot(steps, [sum(of_step) / len(runs) for of_step in values], **style)
+    least, most = [min(of_step) for of_step in values], [max(of_step) for of_step in values]
+    axis.fill_between(steps, least, most, color=line.get_color(), alpha=0.2, linewidth=0)
+
+
+# --------------------------------------------------------------------------------------------------
 # plot
 
 # Of these metrics the last two and those of evaluations are not in every line.
 PANELS = """
     reward search_rate format_rate f1 response_len entropy log_prob_right sampler_gap
 """.split()
-
-
-def draw(axis, rows: list[dict], name: str, previous_steps: int, **style) -> None:
-    """Draw one metric of a run, in the steps that have it."""
-    points = [(previous_steps + row["step"], row[name]) for row in rows if name in row]
-    axis.plot(*zip(*points, strict=True) if points else ([], []), **style)
 
 
 def plot(
@@ -54,26 +71,17 @@ def plot(
         raise ValueError("--runs: no run folder is given")
     figure = Figure(figsize=(15, 6), layout="constrained")
     axes = figure.subplots(2, 4, sharex=True)
-    previous_steps = 0
-    for number, folder in enumerate(runs):
-        rows = read_jsonl(folder / "metrics.jsonl", dict, "metrics", key="step")
+    for number, (folder, rows) in enumerate(zip(runs, read_batches(runs), strict=True)):
         color = f"C{number}"
         for name, axis in zip(PANELS, axes.flat, strict=True):
-            draw(axis, rows, name, previous_steps, color=color, label=folder.name)
-            draw(axis, rows, f"eval_{name}", previous_steps, color=color, marker="o", linestyle=":")
+            draw_band(axis, [rows], name, color=color, label=folder.name)
+            draw_band(axis, [rows], f"eval_{name}", color=color, marker="o", linestyle=":")
             axis.set_title(name)
             axis.grid(alpha=0.3)
-        previous_steps += rows[-1]["step"]
     axes[0, 0].legend()
     for axis in axes[1]:
         axis.set_xlabel("rollout batches")
     figure.savefig(out, format="png", dpi=120)
-
-    for folder in runs:
-        files = [folder / name for name in ("model", "metrics.jsonl", "trajectories.jsonl")]
-        print(f"{folder.name}:", ", ".join(map(str, files)))
-    for folder in evaluations:
-        print(f"{folder.name}: {folder / 'transcripts.jsonl'}, {folder / 'metrics.json'}")
     print(f"curves: {out}")
     if evaluations:
         print(table(read_results(evaluations)))
@@ -93,24 +101,6 @@ LEARNING = {
         f"eval_f1_demo-2hop-{word}": word for word in ("who", "what", "where")
     },
 }
-
-
-def read_stages(folder: Path) -> tuple[dict[int, dict], int]:
-    """Metrics by rollout batch of a folder of `make demo`, and the batches of its stage 1."""
-    files = [folder / stage / "metrics.jsonl" for stage in STAGES]
-    first, second = (read_jsonl(file, dict, "metrics", key="step") for file in files)
-    end = first[-1]["step"]
-    rows = {row["step"]: row for row in first} | {end + row["step"]: row for row in second}
-    return rows, end
-
-
-def draw_band(axis, runs: list[dict[int, dict]], name: str, label: str) -> None:
-    """Draw a metric's mean over runs, in the steps in which all have it, between least and most."""
-    steps = [step for step in runs[0] if all(name in run.get(step, {}) for run in runs)]
-    values = [[run[step][name] for run in runs] for step in steps]
-    (line,) = axis.plot(steps, [sum(of_step) / len(runs) for of_step in values], label=label)
-    least, most = [min(of_step) for of_step in values], [max(of_step) for of_step in values]
-    axis.fill_between(steps, least, most, color=line.get_color(), alpha=0.2, linewidth=0)
 
 
 # Evaluations of `make demo`; the numbers at their ends are steps.
@@ -157,15 +147,19 @@ def learning(folders: tyro.conf.Positional[list[Path]], out: Path = Path("learni
     if not folders:
         raise ValueError("no folder is given")
     told = learning_table(folders)  # before the picture: a refusal writes nothing
-    runs, ends = zip(*map(read_stages, folders), strict=True)
+    stages = [read_batches([folder / stage for stage in STAGES]) for folder in folders]
+    runs = [first | second for first, second in stages]
+    end, *others = {max(first) for first, _ in stages}
+    if others:
+        raise ValueError("the stages 1 of the folders have different numbers of steps")
     figure = Figure(figsize=(15, 3.6), layout="constrained")
     axes = figure.subplots(1, len(LEARNING), sharex=True, sharey=True)
     for axis, (title, metrics) in zip(axes, LEARNING.items(), strict=True):
         for name, label in metrics.items():
-            draw_band(axis, runs, name, label)
-        axis.axvline(ends[0] + 0.5, color="grey", linestyle=":")
+            draw_band(axis, runs, name, label=label)
+        axis.axvline(end + 0.5, color="grey", linestyle=":")
         axis.set_title(title)
-        axis.set_xlabel(f"rollout batches (stage 2 from {ends[0] + 1})")
+        axis.set_xlabel(f"rollout batches (stage 2 from {end + 1})")
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(out, format="png", dpi=120)

@@ -198,7 +198,7 @@ def run_server(open_source: Callable[[], tuple], host: str, port: int) -> None:
         try:
             batcher.fingerprint, batcher.retriever = open_source()
             print(f"ready: http://{host}:{listener.getsockname()[1]}", flush=True)
-        except Exception as error:
+        except BaseException as error:  # a panic of tantivy is not an Exception
             failures.append(error)
             server.should_exit = True
 

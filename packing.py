@@ -27,7 +27,7 @@ def common_length(one: list[int], other: list[int]) -> int:
 
 @dataclass
 class Row:
-    """Sequences that share a row. Each adds what it does not have in common with the one before."""
+    """A row of a plan; each sequence adds the tokens that it does not share with the one before."""
 
     members: list[int]  # indices of the sequences
     tokens: int  # of the row
@@ -42,14 +42,14 @@ def plan_micro_batches(
 ) -> list[list[list[int]]]:
     """Micro-batches of rows of sequences, for `pack`.
 
-    In the order of their token ids, each sequence begins most like the one before it, and joins the
-    row of that one where this saves enough. Rows are sorted by length, so that the rows of a
-    micro-batch are alike and padding is small. Shared and plain rows never mix: one shared row
+    Sorted by token ids, a sequence shares most with the one just before it, of those before it; it
+    joins the row of that one where this saves enough. Rows are sorted by length, so that the rows
+    of a micro-batch are alike and padding is small. Shared and plain rows never mix: one shared row
     would give all rows of its micro-batch a dense mask. The largest micro-batches are divided until
     all ranks get the same number, so that none idles and no collective can hang.
 
     Args:
-        sequences: token ids by index.
+        sequences: token ids by index; each ends with an action token, or takes less than planned.
         budget: tokens of a micro-batch, padding included; a single sequence may exceed it.
         ranks: that share the micro-batches; where rows are too few, some micro-batches are empty.
     Returns:
@@ -81,64 +81,63 @@ def plan_micro_batches(
         half = len(largest) // 2  # 0 if no micro-batch can be divided: an empty one is left
         micro_batches.append(largest[half:])
         del largest[half:]
+    # The ranks compute neighbours at the same time: these are alike, so that no rank waits long.
+    micro_batches.sort(key=lambda rows: sum(row.tokens for row in rows), reverse=True)
     return [[row.members for row in rows] for rows in micro_batches]
 
 
 @dataclass
 class PackedRow:
-    """A row as `pack` lays it out: a tree of tokens, in which every sequence is a path."""
+    """A row as `pack` lays it out: every sequence, up to its last action, is a path in a tree."""
 
     ids: list[int]
-    parents: list[int]  # of each token: where the one before it stands; a root is its own parent
-    positions: list[int]  # of each token: its place in its own sequence
-    source: list[int]  # of each action token: where the state that predicts it stands
-    targets: list[int]  # the action tokens
+    positions: list[int]  # that each token has in its own sequence
+    paths: list[list[int]]  # of each sequence: where its tokens stand in the row
+    actions: list[tuple[int, int]]  # where the state stands that predicts an action; the action
 
 
 def pack_row(sequences: list[tuple[list[int], list[int]]]) -> PackedRow:
     """Lay out the sequences of one row, each (token ids, action mask)."""
-    row = PackedRow([], [], [], [], [])
+    row = PackedRow([], [], [], [])
     previous: list[int] = []
-    places: list[int] = []  # of the previous sequence's tokens in the row
+    path: list[int] = []  # of the previous sequence
     for ids, mask in sequences:
         actions = [t for t, acted in enumerate(mask) if acted]
         # The last action is predicted but never read, and nothing after it is needed.
         inputs = ids[: actions[-1]] if actions else ids[:1]
         shared = common_length(previous, inputs)
-        places = places[:shared]
-        for position in range(shared, len(inputs)):
-            place = len(row.ids)
-            row.ids.append(inputs[position])
-            row.parents.append(places[-1] if places else place)
-            row.positions.append(position)
-            places.append(place)
-        row.source += [places[t - 1] for t in actions]
-        row.targets += [ids[t] for t in actions]
+        begin, added = len(row.ids), inputs[shared:]
+        path = [*path[:shared], *range(begin, begin + len(added))]
+        row.ids += added
+        row.positions += range(shared, len(inputs))
+        row.paths.append(path)
+        row.actions += [(path[t - 1], ids[t]) for t in actions]
         previous = inputs
     return row
 
 
 def visible_tokens(row: PackedRow, length: int) -> np.ndarray:
-    """(length, length) bool: a token attends to itself and to what its parent attends to."""
+    """(length, length) bool: a token sees its path up to itself; padding sees itself."""
     mask = np.eye(length, dtype=bool)
-    for place, parent in enumerate(row.parents):
-        mask[place] |= mask[parent]
+    for path in row.paths:
+        mask[np.ix_(path, path)] = np.tri(len(path), dtype=bool)
     return mask
 
 
 def pack(rows: list[list[tuple[list[int], list[int]]]]) -> dict[str, Tensor | None]:
     """Model inputs for rows of sequences; a sequence shares the beginning of the one before it.
 
-    Each sequence sees its own tokens alone, at the positions that it would have alone, so values
-    and gradients are those of separate sequences, while what begins alike is computed once. Rows of
-    one sequence are plain right-padded causal rows and need no mask.
+    A token sees those before it in its own sequence and no others, and has its position there, so
+    values and gradients are those of separate sequences, while what begins alike is computed once.
+    Rows of one sequence are plain right-padded causal rows and need no mask.
 
     Args:
-        rows: per row its sequences, each (token ids, action mask).
+        rows: per row its sequences, each (token ids, action mask); a first token is no action.
     Returns:
         input_ids (R, L); position_ids (R, L) and attention_mask (R, 1, L, L), true where visible,
-        both None where no row is shared; and for the N action tokens, sequence by sequence: source
-        (N,), the flat index into (R * L) of the state that predicts the token, and targets (N,).
+        both None where no row is shared; source (M,), the flat index into (R * L) of a state, and
+        targets (M,), the action token that it predicts; and for the N action tokens, sequence by
+        sequence, actions (N,), the index into these: sequences may have some in common.
     """
     packed = [pack_row(row) for row in rows]
     length = max(len(row.ids) for row in packed)
@@ -146,14 +145,19 @@ def pack(rows: list[list[tuple[list[int], list[int]]]]) -> dict[str, Tensor | No
     def pad(lists: list[list[int]]) -> Tensor:
         return torch.tensor([values + [0] * (length - len(values)) for values in lists])
 
-    source = [number * length + s for number, row in enumerate(packed) for s in row.source]
-    targets = [target for row in packed for target in row.targets]
+    predictions: dict[tuple[int, int], int] = {}  # numbers of (source, target): each is made once
+    actions = []
+    for row_number, row in enumerate(packed):
+        for place, target in row.actions:
+            prediction = (row_number * length + place, target)
+            actions.append(predictions.setdefault(prediction, len(predictions)))
     batch = {
         "input_ids": pad([row.ids for row in packed]),
         "position_ids": None,
         "attention_mask": None,
-        "source": torch.tensor(source, dtype=torch.long),
-        "targets": torch.tensor(targets, dtype=torch.long),
+        "source": torch.tensor([source for source, _ in predictions], dtype=torch.long),
+        "targets": torch.tensor([target for _, target in predictions], dtype=torch.long),
+        "actions": torch.tensor(actions, dtype=torch.long),
     }
     if any(len(row) > 1 for row in rows):
         batch["position_ids"] = pad([row.positions for row in packed])

@@ -101,9 +101,9 @@ class Policy(nn.Module):
         self.lm = lm
 
     def forward(
-        self, input_ids, position_ids, attention_mask, source, targets, temperature: float
+        self, input_ids, position_ids, attention_mask, source, targets, actions, temperature: float
     ) -> Tensor:
-        """(N,) fp32 log-probabilities of the targets; the inputs are those that `pack` makes."""
+        """(N,) fp32 log-probabilities of the actions; the inputs are those that `pack` makes."""
         output = self.lm.base_model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -112,12 +112,12 @@ class Policy(nn.Module):
         )
         hidden = output.last_hidden_state.flatten(0, 1)  # (R * L, H)
         head = self.lm.get_output_embeddings().weight  # (V, H)
-        return token_log_probs(hidden[source], head, targets, temperature)
+        return token_log_probs(hidden[source], head, targets, temperature)[actions]
 
     def begin_micro_batch(self, is_last: bool) -> None:
         """On one CPU rank, keep weights and fp32 gradients whole until the last micro-batch.
 
-        FSDP would copy both each time, to the same bits. Where ranks share a model, none holds all.
+        FSDP would copy both each time, to the same bits. Several ranks keep theirs sharded.
         """
         if dist.get_world_size() == 1 and not torch.cuda.is_available():
             self.set_requires_gradient_sync(is_last)

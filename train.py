@@ -10,8 +10,8 @@ textbook in four points:
 2. Episodes are small (ids, masks, numbers), so every rank gathers all of them. Advantages, the plan
    of micro-batches and the metrics are computed from the whole batch, identical on every rank, and
    a run on 1 or on N ranks trains on the same questions with the same seeds.
-3. Sequences that begin alike compute this beginning once, and an episode whose advantage is 0
-   on every token is not computed at all. Both are exact: the gradient is the same.
+3. Short sequences that begin alike compute this beginning once, and without a reference model an
+   episode of advantage 0 is left out. Both are exact: the gradient is the same.
 4. Every random draw derives from the seed and its place: epoch, step, question, sample, turn. A
    checkpoint stores the step, and needs no data position and no state of random generators.
 """
@@ -93,8 +93,10 @@ def make_batch(episodes: list[Episode], samples: int, device: torch.device) -> B
     length = max(len(e.token_ids) for e in episodes)
 
     def pad(rows: list[list], dtype: torch.dtype) -> Tensor:
-        padded = [row + [0] * (length - len(row)) for row in rows]
-        return torch.tensor(padded, dtype=dtype, device=device)
+        padded = torch.zeros(len(rows), length, dtype=dtype)
+        for number, row in enumerate(rows):
+            padded[number, : len(row)] = torch.tensor(row, dtype=dtype)
+        return padded.to(device)
 
     rewards = [e.rewards["reward"] for e in episodes]
     action_mask = pad([e.action_mask for e in episodes], torch.bool)

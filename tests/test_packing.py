@@ -29,9 +29,9 @@ def run_packed(model, rows):
     """Log-probabilities of the action tokens and the gradient of their weighted sum."""
     model.zero_grad()
     batch = pack(rows)
-    source, targets = batch.pop("source"), batch.pop("targets")
+    source, targets, actions = (batch.pop(name) for name in ("source", "targets", "actions"))
     hidden = model.model(**batch).last_hidden_state.flatten(0, 1)[source]
-    log_probs = token_log_probs(hidden, model.lm_head.weight, targets)
+    log_probs = token_log_probs(hidden, model.lm_head.weight, targets)[actions]
     (log_probs * torch.arange(1, len(log_probs) + 1)).sum().backward()
     return log_probs.detach(), [p.grad.clone() for p in model.parameters()]
 
@@ -77,8 +77,9 @@ def test_what_begins_alike_is_computed_once():
     # not share with the first, and the fourth is the third.
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 6, 7, 9]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 2, 3, 3]]
-    assert batch["source"].tolist() == [2, 3, 4, 5, 4, 6, 4, 6]
-    assert batch["targets"].tolist() == [4, 5, 7, 8, 9, 8, 9, 8]
+    assert batch["source"].tolist() == [2, 3, 4, 5, 4, 6]
+    assert batch["targets"].tolist() == [4, 5, 7, 8, 9, 8]
+    assert batch["actions"].tolist() == [0, 1, 2, 3, 4, 5, 4, 5]
     visible = [row.nonzero().flatten().tolist() for row in batch["attention_mask"][0, 0]]
     assert visible[:4] == [[0], [0, 1], [0, 1, 2], [0, 1, 2, 3]]
     assert visible[4:] == [[0, 1, 4], [0, 1, 4, 5], [0, 1, 4, 6]]
@@ -102,9 +103,8 @@ def test_a_plan_holds_every_sequence_once_within_the_budget(drawn, budget, ranks
     for rows in filter(None, plan):
         packed = []
         for row in rows:
-            packed.append([(sequences[i], [0] * len(sequences[i])) for i in row])
-            # `pack` leaves the tokens after the last action out; with an action at the end:
-            packed[-1] = [([*ids, 0], [0] * len(ids) + [1]) for ids, _ in packed[-1]]
+            # `pack` leaves out what follows the last action, so that each gets one at its end.
+            packed.append([([*sequences[i], 0], [0] * len(sequences[i]) + [1]) for i in row])
         computed = pack(packed)["input_ids"]
         is_one_sequence = len(rows) == 1 and len(rows[0]) == 1
         assert computed.numel() <= budget or is_one_sequence
@@ -115,14 +115,14 @@ def test_a_micro_batch_is_of_shared_rows_or_of_plain_rows():
     """One shared row would give all rows of its micro-batch a dense mask."""
     shared = {i: [1] * 50 + [i] * 20 for i in range(2)}
     plain = {10 + i: [10 + i] * (60 + 20 * i) for i in range(3)}
-    assert plan_micro_batches(shared | plain, 10_000) == [[[0, 1]], [[12], [11], [10]]]
+    assert plan_micro_batches(shared | plain, 10_000) == [[[12], [11], [10]], [[0, 1]]]
 
 
 def test_ranks_share_what_would_fit_into_one_micro_batch():
     sequences = {i: [i] * (70 - i) for i in range(6)}
     assert plan_micro_batches(sequences, 1000) == [[[0], [1], [2], [3], [4], [5]]]
     assert plan_micro_batches(sequences, 1000, 2) == [[[0], [1], [2]], [[3], [4], [5]]]
-    assert [len(rows) for rows in plan_micro_batches(sequences, 1000, 4)] == [1, 1, 2, 2]
+    assert [len(rows) for rows in plan_micro_batches(sequences, 1000, 4)] == [2, 2, 1, 1]
     assert sorted(map(len, plan_micro_batches(sequences, 1000, 8))) == [0, 0, 1, 1, 1, 1, 1, 1]
 
 
@@ -133,8 +133,18 @@ def test_the_row_of_a_sequence_is_that_of_what_begins_most_like_it():
     assert plan_micro_batches(sequences, 74) == [[[0, 4, 2]], [[1, 3]]]
 
 
+def test_a_sequence_adds_to_its_row_what_it_does_not_share_with_the_one_before():
+    begins = [1] * 40
+    sequences = {0: begins + [2] * 30}
+    sequences |= {i: begins + [3] * 20 + [i + 3] * 10 for i in (1, 2)}
+    assert plan_micro_batches(sequences, 110) == [[[0, 1, 2]]]  # 70 + 30 + 10
+    assert plan_micro_batches(sequences, 109) == [[[0, 1]], [[2]]]
+
+
 def test_samples_of_one_question_share_a_row_and_unlike_sequences_do_not():
     alike = {i: [1] * 50 + [i] * 20 for i in range(4)}
     assert plan_micro_batches(alike, 2000) == [[[0, 1, 2, 3]]]
     unlike = {i: [i] * 70 for i in range(4)}
     assert plan_micro_batches(unlike, 2000) == [[[0], [1], [2], [3]]]
+    more_than_half_is_new = {i: [1] * 30 + [i + 5] * 40 for i in range(2)}
+    assert plan_micro_batches(more_than_half_is_new, 2000) == [[[0], [1]]]

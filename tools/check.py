@@ -143,7 +143,8 @@ class Checks:
         config, count = self.config, len(self.questions)
         passes = config.steps * config.prompts_per_step / count
         episodes = config.prompts_per_step * config.samples_per_prompt
-        steps = f"{config.steps} steps of {episodes:,} episodes"
+        tokens = episodes * config.max_context
+        steps = f"{config.steps} steps of {episodes:,} episodes, at most {tokens:,} tokens"
         return f"{count:,} in {config.questions}, {passes:.2g} passes in {steps}"
 
     def validation_questions(self) -> str:

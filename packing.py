@@ -49,7 +49,7 @@ def plan_micro_batches(
     all ranks get the same number, so that none idles and no collective can hang.
 
     Args:
-        sequences: token ids by index; each ends with an action token, or takes less than planned.
+        sequences: token ids by index.
         budget: tokens of a micro-batch, padding included; a single sequence may exceed it.
         ranks: that share the micro-batches; where rows are too few, some micro-batches are empty.
     Returns:
@@ -92,7 +92,7 @@ class PackedRow:
 
     ids: list[int]
     positions: list[int]  # that each token has in its own sequence
-    paths: list[list[int]]  # of each sequence: where its tokens stand in the row
+    paths: list[list[int]]  # of each sequence that adds tokens: where its tokens stand in the row
     actions: list[tuple[int, int]]  # where the state stands that predicts an action; the action
 
 
@@ -100,19 +100,20 @@ def pack_row(sequences: list[tuple[list[int], list[int]]]) -> PackedRow:
     """Lay out the sequences of one row, each (token ids, action mask)."""
     row = PackedRow([], [], [], [])
     previous: list[int] = []
-    path: list[int] = []  # of the previous sequence
+    path: list[int] = []  # of the previous tokens
     for ids, mask in sequences:
         actions = [t for t, acted in enumerate(mask) if acted]
         # The last action is predicted but never read, and nothing after it is needed.
         inputs = ids[: actions[-1]] if actions else ids[:1]
         shared = common_length(previous, inputs)
-        begin, added = len(row.ids), inputs[shared:]
-        path = [*path[:shared], *range(begin, begin + len(added))]
-        row.ids += added
-        row.positions += range(shared, len(inputs))
-        row.paths.append(path)
+        if shared < len(inputs):  # else the previous path holds all of them
+            begin, added = len(row.ids), inputs[shared:]
+            path = [*path[:shared], *range(begin, begin + len(added))]
+            row.ids += added
+            row.positions += range(shared, len(inputs))
+            row.paths.append(path)
+            previous = inputs
         row.actions += [(path[t - 1], ids[t]) for t in actions]
-        previous = inputs
     return row
 
 

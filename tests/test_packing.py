@@ -69,6 +69,15 @@ def test_packed_log_probs_are_those_of_the_plain_model(model):
     assert got.tolist() == pytest.approx([*by_hand, expected[1, 7].item(), *by_hand], abs=1e-5)
 
 
+def test_a_sequence_that_adds_nothing_costs_the_next_one_nothing():
+    """One without an action, or one that ended after documents that the others go on from."""
+    ids, short = [1] * 20, [0] * 5 + [1] + [0] * 14
+    sequences = [([*ids, 2, 3], [0] * 21 + [1]), (ids, short), ([*ids, 4, 5], [0] * 21 + [1])]
+    assert pack([sequences])["input_ids"].shape == (1, 22)  # 20 + 1 + 1
+    sequences[1] = (ids, [0] * 20)
+    assert pack([sequences])["input_ids"].shape == (1, 22)
+
+
 def test_what_begins_alike_is_computed_once():
     mask = [0, 0, 0, 1, 1]
     row = [([1, 2, 3, 4, 5], mask), ([1, 2, 6, 7, 8], mask), ([1, 2, 6, 9, 8], mask)]
